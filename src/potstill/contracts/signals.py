@@ -1,0 +1,62 @@
+"""What a teacher gives and an objective needs. N positions, V vocabulary or classes, D features, K support size."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from potstill.contracts.batch import Batch
+from potstill.contracts.errors import SignalError
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Base of what teachers give."""
+
+
+@dataclass(frozen=True)
+class FullLogits(Signal):
+    logits: Tensor  # [N, V] (or [B, V] for one position a sample)
+
+
+@dataclass(frozen=True)
+class HiddenAndHead(Signal):
+    hidden_ND: Tensor
+    head_VD: Tensor
+    bias_V: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TopKLogp(Signal):
+    logp_NK: Tensor
+    indices_NK: Tensor
+
+
+@dataclass(frozen=True)
+class TokenLogp(Signal):
+    logp_N: Tensor  # of the tokens that the batch holds
+
+
+@dataclass(frozen=True)
+class Features(Signal):
+    by_name: dict[str, Tensor]
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Scores states, never receives gradients."""
+
+    name: str
+    gives: frozenset[type[Signal]]
+
+    def score(self, batch: Batch, need: type[Signal]) -> Signal: ...
+
+
+def check_signals(needed_by: str, needs: type[Signal], teacher: Any) -> None:
+    """Refuse, before any weight is loaded where the caller can, a teacher that lacks the signal."""
+    if needs not in teacher.gives:
+        given = ", ".join(sorted(s.__name__ for s in teacher.gives)) or "nothing"
+        raise SignalError(
+            f"{needed_by} needs {needs.__name__}, but teacher {teacher.name} gives {given}. "
+            f"Use a live teacher (a model folder or id), or an objective that needs less."
+        )
