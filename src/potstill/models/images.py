@@ -224,7 +224,7 @@ class ImageClassifier(nn.Module):
                 f"Expected a folder with config.json and safetensors weights, a Hugging Face id, or one of: "
                 f"{', '.join(cls.PACKAGED)}."
             ) from cause
-        if not isinstance(config, tuple(AutoModelForImageClassification._model_mapping.keys())):
+        if type(config) not in AutoModelForImageClassification._model_mapping:
             raise ModelError(f"{path} holds a {config.model_type}, which transformers has no image classifier for.")
         if classes is not None and classes != config.num_labels:
             config.num_labels = classes
