@@ -15,7 +15,7 @@ from potstill.contracts.terms import Loss
 class OptimizerSpec(Spec):
     """An optimizer and its learning-rate schedule. Steps count this player's own updates."""
 
-    name: Literal["adamw", "adam", "sgd", "radam"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd", "radam"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)

@@ -1,0 +1,1 @@
+"""The few differentiable engines that papers configure."""
