@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class CausalLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.network.get_input_embeddings().weight.dtype
+        return next(self.network.get_input_embeddings().parameters()).dtype
 
     @property
     def pad_id(self) -> int:
@@ -115,7 +115,7 @@ class CausalLM(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks, from input to output."""
-        return self.network.get_submodule(_blocks(self.network))
+        return cast(nn.ModuleList, self.network.get_submodule(_blocks(self.network)))
 
     def hidden(self, tokens_BS: Tensor, attention_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Last hidden states after the final norm, [B, S] -> [B, S, D].
@@ -188,7 +188,8 @@ class CausalLM(nn.Module):
         """Freeze the weights and add low-rank adapters, in place; `save` and `shortened` merge them."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets)
+        alpha: Any = lora.alpha  # peft takes fractions too
+        config = LoraConfig(r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=lora.targets)
         try:
             inject_adapter_in_model(config, self.network)
         except ValueError as cause:
@@ -279,11 +280,12 @@ class CausalLM(nn.Module):
             )
         try:
             if pretrained:
-                network, report = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
                 )
             else:
-                network, report = AutoModelForCausalLM.from_config(config, dtype=dtype, **safe), {"missing_keys": ()}
+                loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, **safe), {"missing_keys": ()}
+            network, report = loaded
             tokenizer = AutoTokenizer.from_pretrained(path, **safe)
         except Exception as cause:  # transformers raises many kinds; each means that this checkpoint cannot be read
             raise ModelError(f"{path} cannot be loaded as a causal language model: {_first_line(cause)}") from cause
@@ -346,7 +348,7 @@ def _spread(total: int, count: int) -> list[int]:
     return [round(i * (total - 1) / (count - 1)) for i in range(count)]
 
 
-def _packaged(name: str, config: type[PreTrainedConfig], **default: int) -> Callable[..., CausalLM]:
+def _packaged(name: str, config: Callable[..., PreTrainedConfig], **default: int) -> Callable[..., CausalLM]:
     def build(
         *,
         tokenizer: PreTrainedTokenizerBase,
