@@ -19,7 +19,9 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
     help="Distillation toolkit: small, fast or few-step models from large, slow ones.",
 )  # fmt: skip
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, as in train.steps=200 student=path/to/model")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key.path=value, as in train.steps=200 student=path/to/model")
+]
 
 
 def main() -> None:
@@ -36,7 +38,9 @@ def errors():
         print(f"potstill: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("\npotstill: interrupted. What was checkpointed is whole; go on with: potstill resume RUN", file=sys.stderr)
+        print(
+            "\npotstill: interrupted. What was checkpointed is whole; go on with: potstill resume RUN", file=sys.stderr
+        )
         raise SystemExit(130) from None
 
 
@@ -61,7 +65,9 @@ def run(
 
         describe(plan)
         return
-    folder = Path(raw.get("output") or f"runs/{Path(recipe).stem if recipe.endswith(('.yaml', '.yml')) else plan.method.name}")
+    folder = Path(
+        raw.get("output") or f"runs/{Path(recipe).stem if recipe.endswith(('.yaml', '.yml')) else plan.method.name}"
+    )
     _execute(plan, folder, new=True)
 
 

@@ -87,7 +87,9 @@ class Run:
                 f"{self.plan.method.name} needs data of kind {' or '.join(kinds)}, but {source.name} gives {source.kind}."
             )
         if len(source.train) == 0 or len(source.test) == 0:
-            raise DataError(f"{source.name} has {len(source.train)} training and {len(source.test)} test rows; both are needed.")
+            raise DataError(
+                f"{source.name} has {len(source.train)} training and {len(source.test)} test rows; both are needed."
+            )
         return source
 
     @cached_property
@@ -162,7 +164,9 @@ class Run:
             return self.plan.models[role]
         default = self.source.models.get(role)
         if default is None:
-            raise RecipeError(f"{self.plan.method.name} needs a {role}; {self.source.name} has no default. Give {role}: NAME.")
+            raise RecipeError(
+                f"{self.plan.method.name} needs a {role}; {self.source.name} has no default. Give {role}: NAME."
+            )
         if isinstance(default, list):
             return [ModelSpec.model_validate(d) for d in default]
         return ModelSpec.model_validate(default)
@@ -283,7 +287,9 @@ def trained(
     different seeds compare under one teacher.
     """
     if source.teacher is None:
-        raise RecipeError(f"{role}: {source.name} does not say how a {spec.name} is trained. Give {role} as a folder or an id.")
+        raise RecipeError(
+            f"{role}: {source.name} does not say how a {spec.name} is trained. Give {role} as a folder or an id."
+        )
     settings = {**source.teacher, "trackers": [], "device": device}
     identity = {
         "kind": kind, "spec": spec.model_dump(mode="json"), "data": data.model_dump(mode="json"), "source": source.name,
@@ -320,7 +326,12 @@ def environment(device: torch.device) -> dict[str, Any]:
             found[package] = version(package)
         except ModuleNotFoundError:
             continue
-    return {"python": platform.python_version(), "machine": platform.machine(), "device": str(device), "packages": found}
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": str(device),
+        "packages": found,
+    }
 
 
 def open_folder(folder: Path, recipe: str) -> None:
@@ -330,7 +341,9 @@ def open_folder(folder: Path, recipe: str) -> None:
         if (folder / "recipe.yaml").is_file():
             report = folder / "report.html"
             way = f"Its report: {report}." if state == "is finished" else f"Go on with: potstill resume {folder}."
-            raise RunError(f"{folder} holds a run that {state}. {way} To run anew, choose another folder with output=PATH.")
+            raise RunError(
+                f"{folder} holds a run that {state}. {way} To run anew, choose another folder with output=PATH."
+            )
         raise RunError(f"{folder} exists and is no run folder. Choose another with output=PATH.")
     write_text(folder / "recipe.yaml", recipe)
 

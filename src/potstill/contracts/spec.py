@@ -54,10 +54,8 @@ def _resolve(base: type, value: Any) -> Any:
             try:
                 options[option] = TypeAdapter(hints[option]).validate_python(given)
             except ValidationError:
-                raise ValueError(
-                    f"{cls.__name__}.{option} must be {hints[option].__name__}, got {given!r}"
-                ) from None
-        elif isinstance(given, dict) and "name" in given or isinstance(given, str):
+                raise ValueError(f"{cls.__name__}.{option} must be {hints[option].__name__}, got {given!r}") from None
+        elif (isinstance(given, dict) and "name" in given) or isinstance(given, str):
             for family in PARTS:  # a combinator's member is a part of its own
                 if str(given["name"] if isinstance(given, dict) else given) in members(family):
                     options[option] = _resolve(family, given)
@@ -75,7 +73,7 @@ def written(part: Any) -> Any:
 PARTS: list[type] = []  # families of parts that may nest in one another
 
 
-def Part(base: type) -> Any:  # noqa: N802  (reads as a type)
+def Part(base: type) -> Any:
     """The pydantic type of a part: an instance of `base`, its name, or a mapping with name and options."""
     if base not in PARTS:
         PARTS.append(base)

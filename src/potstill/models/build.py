@@ -31,7 +31,9 @@ def is_packaged(kind: str, spec: ModelSpec) -> bool:
     return spec.name in adapter(kind).PACKAGED
 
 
-def packaged_options(factory: Any, options: Mapping[str, Any], context: Mapping[str, Any], where: str) -> dict[str, Any]:
+def packaged_options(
+    factory: Any, options: Mapping[str, Any], context: Mapping[str, Any], where: str
+) -> dict[str, Any]:
     """Options a packaged network takes: the recipe's, completed by what the data source knows."""
     parameters = inspect.signature(factory).parameters
     for name in options:
@@ -40,7 +42,9 @@ def packaged_options(factory: Any, options: Mapping[str, Any], context: Mapping[
     chosen = {name: value for name, value in context.items() if name in parameters} | dict(options)
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in chosen]
     if missing:
-        raise RecipeError(f"{where} needs {', '.join(missing)}, which the data source does not tell: give {where}.options.")
+        raise RecipeError(
+            f"{where} needs {', '.join(missing)}, which the data source does not tell: give {where}.options."
+        )
     return chosen
 
 

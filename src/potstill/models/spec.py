@@ -41,5 +41,7 @@ class ModelSpec(Spec):
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSpec":
         if (self.name is None) == (self.from_ is None):
-            raise ValueError("needs exactly one of name (a packaged network, a folder or an id) and from (another role)")
+            raise ValueError(
+                "needs exactly one of name (a packaged network, a folder or an id) and from (another role)"
+            )
         return self

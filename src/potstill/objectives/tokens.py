@@ -50,7 +50,9 @@ class Rows:
         row_N = torch.arange(len(counted_BT), device=counted_BT.device)[:, None].expand_as(counted_BT)[counted_BT]
         length_B = counted_BT.sum(1)
         longest = int(length_B.max()) if len(length_B) else 0
-        return Rows(row_N, order_BT[counted_BT], torch.arange(longest, device=counted_BT.device)[None] < length_B[:, None])
+        return Rows(
+            row_N, order_BT[counted_BT], torch.arange(longest, device=counted_BT.device)[None] < length_B[:, None]
+        )
 
     def spread(self, values_N: Tensor) -> Tensor:
         """[N] -> [B, R], zero beyond a row's end."""
@@ -115,7 +117,9 @@ class TokenDistillation(Objective):
                     f"rollouts.top_p 1, rollouts.top_k 0 and rollouts.temperature {temperature}."
                 )
             if on_policy < 1 or policy is not None:
-                raise RecipeError(f"{type(self.estimator).__name__} needs the student's own samples everywhere: set on_policy 1.")
+                raise RecipeError(
+                    f"{type(self.estimator).__name__} needs the student's own samples everywhere: set on_policy 1."
+                )
 
     @property
     def players(self) -> dict[str, Player]:
@@ -125,7 +129,9 @@ class TokenDistillation(Objective):
         """Token batches pass; prompts are continued by the policy, or by their own completion on off-policy steps."""
         if isinstance(batch, TokenBatch):
             if self.estimator.on_policy:
-                raise DataError(f"{type(self.estimator).__name__} needs prompts to continue, and this data gives finished text.")
+                raise DataError(
+                    f"{type(self.estimator).__name__} needs prompts to continue, and this data gives finished text."
+                )
             return batch
         assert isinstance(batch, PromptBatch)
         coin = keyed.uniform(keyed.key(self.seed, "on-policy"), torch.tensor([step]))
@@ -180,7 +186,9 @@ class TokenDistillation(Objective):
         count = rows.mask_BR.any(1).sum().to(values_N.dtype)
         return Term((values_N * weights_N.detach() / length_N).sum(), count, coefficient, unit="sequence")
 
-    def _positions(self, rows: Rows, log_p: Tensor, log_q: Tensor, reverse_N: Tensor, entropy_N: Tensor, tokens_N: Tensor) -> Positions:
+    def _positions(
+        self, rows: Rows, log_p: Tensor, log_q: Tensor, reverse_N: Tensor, entropy_N: Tensor, tokens_N: Tensor
+    ) -> Positions:
         teacher_entropy_N = -(log_p.exp() * log_p).nan_to_num(0.0).sum(-1)
         log_ratio_N = (log_p - log_q).gather(-1, tokens_N[:, None])[:, 0]
         return Positions(

@@ -16,7 +16,12 @@ from potstill.training.files import load_tensors, read_json, save_tensors, whole
 
 
 def save_checkpoint(
-    folder: Path, step: int, objective: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], state: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    objective: nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    state: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write `folder/step-N` whole, then drop all but the newest `keep`."""
     path = folder / f"step-{step:08d}"

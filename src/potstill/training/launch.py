@@ -22,7 +22,9 @@ def accelerator(spec: TrainSpec, folder: Path | None = None) -> Accelerator:
             try:
                 import wandb  # noqa: F401
             except ImportError as cause:
-                raise MissingExtra("train.trackers asks for wandb. Install it with: pip install 'potstill[wandb]'.") from cause
+                raise MissingExtra(
+                    "train.trackers asks for wandb. Install it with: pip install 'potstill[wandb]'."
+                ) from cause
         trackers.append(name)
     return Accelerator(
         cpu=cpu, mixed_precision=spec.precision, log_with=trackers or None, project_dir=str(folder) if folder else None

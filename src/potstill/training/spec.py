@@ -22,7 +22,9 @@ class TrainSpec(OptimizerSpec):
     keep: int = Field(2, gt=0)  # checkpoints kept a stage
     log_every: int = Field(1, gt=0)
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
-    batch_norm: Literal["refuse", "local"] = "refuse"  # local: statistics of each micro-batch, as most trainers do silently
+    batch_norm: Literal["refuse", "local"] = (
+        "refuse"  # local: statistics of each micro-batch, as most trainers do silently
+    )
 
     def optimizer_spec(self, **changes: object) -> OptimizerSpec:
         """The student's optimizer alone."""

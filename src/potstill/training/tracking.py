@@ -26,7 +26,13 @@ class Journal:
 
     def clock(self, stage: str, step: int, seconds: float, samples: int) -> None:
         if self.writes:
-            row = {"stage": stage, "step": step, "seconds": round(seconds, 4), "samples": samples, "at": round(time.time(), 1)}
+            row = {
+                "stage": stage,
+                "step": step,
+                "seconds": round(seconds, 4),
+                "samples": samples,
+                "at": round(time.time(), 1),
+            }
             self._append(self.timing, row)
 
     def position(self) -> int:
@@ -37,6 +43,15 @@ class Journal:
         """Forget what was written after a checkpoint, and any half-written line."""
         if self.writes and self.metrics.is_file() and self.position() > position:
             os.truncate(self.metrics, position)
+
+    def forget(self, stage: str) -> None:
+        """Cut back to before the first row of a stage: it died before its first checkpoint."""
+        at = 0
+        for line in self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.is_file() else []:
+            if not line.endswith(b"\n") or json.loads(line)["stage"] == stage:
+                break
+            at += len(line)
+        self.cut(at)
 
     @staticmethod
     def _append(path: Path, row: Mapping[str, Any]) -> None:

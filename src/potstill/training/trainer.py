@@ -46,7 +46,11 @@ class Trainer:
     ) -> None:
         self.spec, self.folder, self.stage, self.evaluate = spec, folder, stage, evaluate
         self.accelerator = accelerator(spec, folder)
-        self.device, self.world, self.rank = self.accelerator.device, self.accelerator.num_processes, self.accelerator.process_index
+        self.device, self.world, self.rank = (
+            self.accelerator.device,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+        )
         share, left = divmod(spec.batch, self.world)
         self.micro = spec.micro_batch or share
         if left or share % self.micro:
@@ -100,6 +104,8 @@ class Trainer:
             step, updates, spent = state["step"], state["updates"], state["seconds"]
             if journal and step < self.spec.steps:
                 journal.cut(state["metrics"])
+        elif journal:
+            journal.forget(self.stage)
         self._same_start(objective)
         if step >= self.spec.steps or self._out_of_time(spent):
             return
@@ -188,7 +194,9 @@ class Trainer:
                 self._gather(totals, loss)
                 if len(batches) == 1:  # counts are known before the backward pass: one pass serves all units
                     counts = self._counts({t.unit: t.count for t in loss.terms.values()})
-                    whole = torch.stack([sign * t.coefficient * t.total.float() / counts[t.unit] for t in loss.terms.values()])
+                    whole = torch.stack(
+                        [sign * t.coefficient * t.total.float() / counts[t.unit] for t in loss.terms.values()]
+                    )
                     whole.sum().backward()
                 else:
                     self._accumulate(buffers, loss, parameters, sign)
@@ -213,7 +221,9 @@ class Trainer:
         values[f"{name}/lr"] = rate
         return values
 
-    def _accumulate(self, buffers: dict[str, list[Tensor]], loss: Loss, parameters: list[nn.Parameter], sign: float) -> None:
+    def _accumulate(
+        self, buffers: dict[str, list[Tensor]], loss: Loss, parameters: list[nn.Parameter], sign: float
+    ) -> None:
         """Add the undivided gradient of each unit's terms to that unit's buffer."""
         units: dict[str, list[Term]] = {}
         for term in loss.terms.values():
@@ -235,7 +245,9 @@ class Trainer:
         for name, term in loss.terms.items():
             known = counts.setdefault(term.unit, term.count)
             if known is not term.count and not torch.equal(known, term.count):
-                raise ValueError(f"terms that count {term.unit}s disagree on how many there are; give {name} a unit of its own")
+                raise ValueError(
+                    f"terms that count {term.unit}s disagree on how many there are; give {name} a unit of its own"
+                )
         for name, term in {**loss.terms, **{f"metric:{k}": v for k, v in loss.metrics.items()}}.items():
             for key, value in ((f"sum/{name}", term.coefficient * term.total), (f"number/{name}", term.count)):
                 value = value.detach().double()
@@ -349,4 +361,8 @@ class _bar:
             self.progress.update(self.task, advance=1, rate=shown, loss=loss)
         elif self.shown and (self.step == self.steps or self.step % max(1, self.steps // 10) == 0):
             left = (self.steps - self.step) / max(rate, 1e-9)
-            print(f"{self.stage} {self.step}/{self.steps}  {rate:.2f} step/s  {left:.0f} s left  {loss}", file=sys.stderr, flush=True)
+            print(
+                f"{self.stage} {self.step}/{self.steps}  {rate:.2f} step/s  {left:.0f} s left  {loss}",
+                file=sys.stderr,
+                flush=True,
+            )
