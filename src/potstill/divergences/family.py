@@ -411,8 +411,8 @@ class Clipped(FDivergence):
     """sum_v min(entry_v, limit): no single outcome counts for more than `limit` nats (OPSD, arXiv 2601.18734).
 
     The entries clipped are those of the non-negative generator f(r) - f'(1) (r - 1), so that the value stays 0 at p = q
-    and positive elsewhere. `raw=True` clips q f(r) itself, as OPSD's code does: its entries are signed for the KLs, so the
-    value can fall below 0 and the minimum need not be at p = q. An infinite limit is the divergence itself.
+    and positive elsewhere. `raw=True` clips q f(r) itself, as OPSD's code does: its entries are signed for the KLs, so
+    the value can fall below 0 and the minimum need not be at p = q. An infinite limit is the divergence itself.
     """
 
     divergence: FDivergence = ForwardKL()
@@ -458,7 +458,9 @@ _FAR = torch.tensor([300.0, 600.0], dtype=torch.float64)  # two log-ratios at th
 def _limit(values: Tensor) -> float:
     """The limit of a generator seen at two far points: their value when they agree, else +inf."""
     near, far = values.tolist()
-    return far if math.isclose(near, far, rel_tol=1e-9, abs_tol=1e-12) else INF
+    if not math.isclose(near, far, rel_tol=1e-9, abs_tol=1e-12):
+        return INF
+    return far if abs(far) > 1e-12 else 0.0
 
 
 def _pair(name: str, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
@@ -486,9 +488,11 @@ def _log(x: float) -> float:
 
 def _log_mix(u: Tensor, w: float) -> Tensor:
     """log(w e^u + 1 - w): exactly 0 at u = 0, and no overflow far from it."""
+    if w in (0.0, 1.0):
+        return w * u
     near = u.abs() < 1
     close = torch.log1p(w * torch.expm1(u.masked_fill(~near, 0.0)))
-    far = torch.logaddexp(u + _log(w), torch.full_like(u, _log(1 - w)))
+    far = torch.logaddexp(u + math.log(w), torch.full_like(u, math.log1p(-w)))
     return torch.where(near, close, far)
 
 
