@@ -117,7 +117,10 @@ PACKAGES: dict[str, Package] = {
         "debian",
         "bible-kjv-text",
         "4.38",
-        {"usr/lib/bible.data": "6c746c2acc8a34bfded980883ff1701a5d68934a1c853ebf88a07b978fe0ae0e"},
+        {
+            "usr/lib/bible.data": "6c746c2acc8a34bfded980883ff1701a5d68934a1c853ebf88a07b978fe0ae0e",
+            "usr/lib/bible.data.conc": "56349cd5a86be64d91eee62ac050114b89485f13b439ad4f34da99dde3b4dff3",
+        },
         "2.4 MB",
         "public domain",
     ),

@@ -56,10 +56,10 @@ class Source:
     kind: str
     train: Any
     test: Any
-    context: Mapping[str, Any] = field(default_factory=dict)  # what a packaged network must know: classes, channels, size
-    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # default ModelSpec a role: student, teacher, ...
-    teacher: Mapping[str, Any] | None = None  # how a packaged teacher is trained: steps, batch, lr, ... (see TeacherTraining)
-    score: Callable[[Any], dict[str, float]] | None = None  # metrics that only this source knows (exact log-densities, ...)
+    context: Mapping[str, Any] = field(default_factory=dict)  # what a packaged network must know: classes, size, ...
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # default ModelSpec of a role
+    teacher: Mapping[str, Any] | None = None  # how a packaged teacher is trained: steps, batch, lr (TeacherTraining)
+    score: Callable[[Any], dict[str, float]] | None = None  # metrics that only this source knows: exact densities, ...
 
     def subset(self, size: int | None) -> "Source":
         """The first `size` training rows (the sources shuffle once, with a fixed key)."""
