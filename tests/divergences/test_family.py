@@ -189,7 +189,7 @@ def test_infinite_even_where_the_probability_underflows():
 
 
 def _fits_float32(d: FDivergence) -> bool:
-    """Not those whose true value is about exp(200), nor a member without `_entry`, which computes q f(r) as it stands."""
+    """Not those whose true value is about exp(200), nor a member that computes q f(r) as it stands."""
     unbounded = isinstance(d, PearsonChi2 | NeymanChi2) or (isinstance(d, Alpha) and not 0 <= d.alpha <= 1)
     return not unbounded and not isinstance(d, Triangular)
 

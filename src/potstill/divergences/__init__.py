@@ -1,5 +1,6 @@
 """Pure mathematics on tensors: how far apart teacher and student are at a position. No model, no file, no config."""
 
+from potstill.divergences.estimators import Estimator, Exact, SampledReverseKL
 from potstill.divergences.family import (
     Alpha,
     Clipped,
@@ -26,6 +27,8 @@ __all__ = [
     "Alpha",
     "Clipped",
     "EntropyGated",
+    "Estimator",
+    "Exact",
     "FDivergence",
     "ForwardKL",
     "Full",
@@ -35,6 +38,7 @@ __all__ = [
     "NeymanChi2",
     "PearsonChi2",
     "ReverseKL",
+    "SampledReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",
     "SoftenedReverseKL",
