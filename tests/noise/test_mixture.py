@@ -13,13 +13,13 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 
 def mixture(kind: str) -> GaussianMixture:
-    means = normal(3, 2, seed=0)
+    means = normal(3, 3, seed=0)  # in the plane eigenvector matrices may be symmetric, which would hide a transpose
     weights = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     if kind == "full":
-        root = normal(3, 2, 2, seed=1)
+        root = normal(3, 3, 3, seed=1)
         return GaussianMixture(means, covariances=root @ root.mT, weights=weights)
     return GaussianMixture(
-        means, torch.rand(3, 2, generator=torch.Generator().manual_seed(2)).double() + 0.1, weights=weights
+        means, torch.rand(3, 3, generator=torch.Generator().manual_seed(2)).double() + 0.1, weights=weights
     )
 
 
@@ -29,17 +29,17 @@ def test_log_density_is_torchs(kind, sigma):
     from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
     of = mixture(kind)
-    covariance = of.axes_KDD @ (of.variances_KD[..., None] * of.axes_KDD.mT) + sigma**2 * torch.eye(2)
+    covariance = of.axes_KDD @ (of.variances_KD[..., None] * of.axes_KDD.mT) + sigma**2 * torch.eye(3)
     if kind == "full":
-        assert_close(covariance, normal(3, 2, 2, seed=1) @ normal(3, 2, 2, seed=1).mT + sigma**2 * torch.eye(2))
+        assert_close(covariance, normal(3, 3, 3, seed=1) @ normal(3, 3, 3, seed=1).mT + sigma**2 * torch.eye(3))
     theirs = MixtureSameFamily(Categorical(logits=of.log_weights_K), MultivariateNormal(of.means_KD, covariance))
-    x = normal(7, 2, seed=3)
+    x = normal(7, 3, seed=3)
     assert_close(of.log_density(x, sigma), theirs.log_prob(x))
 
 
 @pytest.mark.parametrize("kind", ["axes", "full"])
 def test_score_is_the_gradient_and_the_denoiser_is_tweedies(kind):
-    of, x = mixture(kind), normal(5, 2, seed=4).requires_grad_()
+    of, x = mixture(kind), normal(5, 3, seed=4).requires_grad_()
     sigma = torch.tensor([0.05, 0.3, 1.0, 2.0, 80.0], dtype=torch.float64)
     expected = torch.autograd.grad(of.log_density(x, sigma).sum(), x)[0]
     assert_close(of.score(x, sigma).detach(), expected)
@@ -75,6 +75,9 @@ def test_samples_follow_the_density():
     assert_close(drawn[left].T.cov(), torch.tensor([[1.25, 0.8], [0.8, 1.25]]).double(), rtol=0, atol=0.05)
     assert_close(drawn[~left].T.cov(), torch.tensor([[0.5, 0.0], [0.0, 4.25]]).double(), rtol=0, atol=0.1)
     assert_close(of.sample(ids.flip(0), seed=1, sigma=0.5).flip(0), drawn)
+    root = normal(3, 3, seed=7)
+    one = GaussianMixture(torch.zeros(1, 3).double(), covariances=(root @ root.T)[None])
+    assert_close(one.sample(ids).T.cov(), root @ root.T, rtol=0, atol=0.05)
 
 
 def test_ring_and_grid():
