@@ -70,9 +70,6 @@ def test_advantages_by_hand():
     p, q = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log()
     token = torch.tensor([0])
     reverse = 0.25 * math.log(0.5) + 0.5 * math.log(2)
-    top2 = (1 / 3) * math.log((1 / 3) / (2 / 3)) + (2 / 3) * math.log(
-        (2 / 3) / (1 / 3)
-    )  # the student's top 2: 1 and 0 or 2
     assert SampledReverseKL().advantage(p, q, token).item() == pytest.approx(math.log(2))
     assert SampledReverseKL("full").advantage(p, q, token).item() == pytest.approx(math.log(2) + reverse)
     first = torch.tensor([[0.26, 0.5, 0.24]]).log()  # the student's top 2 are tokens 1 and 0

@@ -21,6 +21,8 @@ from potstill.divergences.family import (
     entropy,
     kl,
 )
+from potstill.divergences.logits import dist_terms, dkd_terms, kd, standardize
+from potstill.divergences.normalisers import TimeBins, batch_normalised, ratio_from_logits
 from potstill.divergences.supports import Full, Support, TopK, log_mass, log_probs, tail_logp
 
 __all__ = [
@@ -44,11 +46,18 @@ __all__ = [
     "SoftenedReverseKL",
     "SquaredHellinger",
     "Support",
+    "TimeBins",
     "TopK",
     "TotalVariation",
+    "batch_normalised",
+    "dist_terms",
+    "dkd_terms",
     "entropy",
+    "kd",
     "kl",
     "log_mass",
     "log_probs",
+    "ratio_from_logits",
+    "standardize",
     "tail_logp",
 ]
