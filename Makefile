@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(VENV)/.installed
-	$(BIN)/potstill quickstart --output $(OUTPUT)
+	$(BIN)/potstill run quickstart output=$(OUTPUT) --resume
 
 test: $(VENV)/.installed
 	POTSTILL_NO_SKIP=$(POTSTILL_NO_SKIP) $(BIN)/python -m pytest

@@ -7,7 +7,7 @@ sampling: the effect of a token on later states is not counted. N positions, V v
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from potstill.divergences.supports import Full, Support, TopK
 
 
 class Estimator:
-    """Base. `needs` is the least signal that the teacher must give."""
+    """Base. `needs` is the least signal that the teacher must give; `on_policy` says that the tokens must be sampled
+    from the student (or reweighted), since only their mean means something."""
+
+    on_policy: ClassVar[bool] = False
 
     @property
     def needs(self) -> type[Signal]:
@@ -69,6 +72,7 @@ class SampledReverseKL(Estimator):
     the log-probabilities of the sampled tokens [N] do in place of rows [N, V].
     """
 
+    on_policy: ClassVar[bool] = True
     baseline: Literal["none", "full", "topk"] = "none"
     k: int = 100
     clip: float | None = None

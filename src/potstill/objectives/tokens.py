@@ -122,6 +122,10 @@ class TokenDistillation(Objective):
                 )
 
     @property
+    def couples(self) -> Literal["position", "group", "batch"]:  # type: ignore[override]
+        return "batch" if self.weighting.couples == "batch" else "position"
+
+    @property
     def players(self) -> dict[str, Player]:
         return {"student": Player([self.student], self.optimizer)}
 
@@ -160,7 +164,7 @@ class TokenDistillation(Objective):
             log_q = log_probs(logits_NV[:, : self.shared], self.temperature)
             log_p = log_probs(teacher_logits[:, : self.shared], self.temperature)
             values_N = self.estimator.per_position(
-                teacher_logp=log_p, student_logp=log_q, tokens=tokens_N, sampled_logp=self._sampled(batch)
+                teacher_logp=log_p, student_logp=log_q, tokens_N=tokens_N, sampled_logp_N=self._sampled(batch)
             )
             with torch.no_grad():
                 reverse_N = ReverseKL()(teacher_logp=log_p, student_logp=log_q)
@@ -199,9 +203,11 @@ class TokenDistillation(Objective):
             divergence_BR=rows.spread(reverse_N),
         )
 
-    @staticmethod
-    def _sampled(batch: TokenBatch) -> Tensor | None:
-        return None if batch.sampled_logp_BT is None else batch.sampled_logp_BT[batch.counted_BT]
+    def _sampled(self, batch: TokenBatch) -> Tensor | None:
+        """What another policy gave its tokens; the student's own samples of this step need no reweighting."""
+        if self.policy is None or batch.sampled_logp_BT is None:
+            return None
+        return batch.sampled_logp_BT[batch.counted_BT]
 
 
 def completed(batch: PromptBatch, pad_id: int) -> TokenBatch:

@@ -1,0 +1,205 @@
+"""The token objective against closed forms: what counts, how it is weighed and divided, and what a step optimises."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from potstill.contracts.batch import PromptBatch, TokenBatch
+from potstill.contracts.errors import DataError, ModelError, RecipeError
+from potstill.contracts.players import OptimizerSpec
+from potstill.divergences import Exact, ForwardKL, ReverseKL, SampledReverseKL, TopK
+from potstill.models.causal import CausalLM
+from potstill.models.tokenizers import character_tokenizer
+from potstill.objectives.tokens import RolloutSpec, Rows, TokenDistillation, completed
+from potstill.teachers import FrozenStart, LocalTeacher, PrivilegedTeacher
+from potstill.weighting import EntropyTop
+
+TOKENIZER = character_tokenizer(["abcdefg "])
+
+
+def model(seed: int, tokenizer=TOKENIZER) -> CausalLM:
+    torch.manual_seed(seed)
+    return CausalLM.PACKAGED["llama-tiny"](tokenizer=tokenizer).double()
+
+
+def batch(seed: int = 0, size: int = 3, length: int = 7) -> TokenBatch:
+    """Rows of several lengths, padded on the right, with the first two tokens of each as context."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BT = torch.randint(4, TOKENIZER.vocab_size, (size, length), generator=generator)
+    lengths = torch.tensor([7, 5, 3])[:size, None]
+    attention_BT = torch.arange(length)[None] < lengths
+    return TokenBatch(torch.arange(size), tokens_BT, attention_BT, attention_BT & (torch.arange(length) >= 2))
+
+
+def objective(estimator=ForwardKL(), teacher_seed: int = 1, **options) -> TokenDistillation:
+    teacher = LocalTeacher(model(teacher_seed))
+    return TokenDistillation(model(0), teacher, estimator, optimizer=OptimizerSpec(), seed=0, **options)
+
+
+def by_hand(distilled: TokenDistillation, rows: TokenBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log p and log q at counted tokens, from whole logits, row by row. [N, V] each."""
+    found = []
+    for net in (distilled.teacher.model, distilled.student):
+        logits = net(rows.tokens_BT, rows.attention_BT) / temperature
+        found.append(torch.cat([logits[b, :-1][rows.counted_BT[b, 1:]] for b in range(len(rows))]).log_softmax(-1))
+    return found[0], found[1]
+
+
+def test_the_mean_over_counted_tokens_of_the_divergence():
+    distilled, rows = objective(), batch()
+    log_p, log_q = by_hand(distilled, rows)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert len(log_p) == 5 + 3 + 1
+    assert_close(distilled.loss("student", rows, 0).value(), expected)
+
+
+def test_a_sequence_mean_weighs_each_sequence_alike():
+    distilled, rows = objective(ReverseKL(), average="sequence"), batch()
+    log_p, log_q = by_hand(distilled, rows)
+    values = (log_q.exp() * (log_q - log_p)).sum(-1)
+    expected = torch.stack([values[:5].mean(), values[5:8].mean(), values[8:].mean()]).mean()
+    assert_close(distilled.loss("student", rows, 0).value(), expected)
+
+
+def test_temperature_divides_both_logits_and_is_squared_only_when_asked():
+    rows, plain, squared = batch(), objective(temperature=3.0), objective(temperature=3.0, temperature_squared=True)
+    log_p, log_q = by_hand(plain, rows, 3.0)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert_close(plain.loss("student", rows, 0).value(), expected)
+    assert_close(squared.loss("student", rows, 0).value(), 9 * expected)
+
+
+def test_cross_entropy_is_the_next_token_loss_and_a_control_needs_no_teacher():
+    rows = batch()
+    control = TokenDistillation(model(0), None, cross_entropy=1.0, optimizer=OptimizerSpec(), seed=0)
+    _, log_q = by_hand(objective(), rows)
+    nll = -log_q.gather(-1, rows.tokens_counted[:, None]).mean()
+    assert_close(control.loss("student", rows, 0).value(), nll)
+    both = objective(cross_entropy=0.5)
+    assert_close(both.loss("student", rows, 0).value(), objective().loss("student", rows, 0).value() + 0.5 * nll)
+    with pytest.raises(RecipeError, match="Without a teacher nothing is left to learn"):
+        TokenDistillation(model(0), None, optimizer=OptimizerSpec(), seed=0)
+
+
+def test_padding_and_neighbours_change_nothing():
+    distilled, rows = objective(), batch()
+    alone = [
+        distilled.loss(
+            "student",
+            TokenBatch(torch.arange(1), *(x[b : b + 1] for x in (rows.tokens_BT, rows.attention_BT, rows.counted_BT))),
+            0,
+        )
+        for b in range(3)
+    ]
+    total = torch.stack([loss.terms["divergence"].total for loss in alone]).sum()
+    assert_close(distilled.loss("student", rows, 0).terms["divergence"].total, total)
+
+
+def test_teachers_get_no_gradient_and_are_not_saved():
+    distilled = objective()
+    distilled.loss("student", batch(), 0).value().backward()
+    assert all(p.grad is None for p in distilled.teacher.model.parameters())
+    assert all(p.grad is not None for p in distilled.student.parameters())
+    assert not [name for name in distilled.state_dict() if "teacher" in name]
+
+
+def test_sampled_tokens_of_every_length_one_rollout_give_the_exact_gradient():
+    """Enumerate the sampled token of one position: the estimator's mean gradient is the reverse KL's, through the model."""
+    exact, sampled = objective(ReverseKL()), objective(SampledReverseKL(baseline="full"))
+    rows = batch(size=1)
+    rows.counted_BT[:] = False
+    rows.counted_BT[0, 6] = True
+    _, log_q = by_hand(exact, rows)
+    total = 0.0
+    for token, weight in enumerate(log_q[0].exp().tolist()):
+        tokens_BT = rows.tokens_BT.clone()
+        tokens_BT[0, 6] = token
+        one = TokenBatch(rows.ids_B, tokens_BT, rows.attention_BT, rows.counted_BT)
+        total = total + weight * sampled.loss("student", one, 0).value()
+    a = torch.autograd.grad(total, list(sampled.student.parameters()), allow_unused=True)
+    b = torch.autograd.grad(exact.loss("student", rows, 0).value(), list(exact.student.parameters()), allow_unused=True)
+    for x, y in zip(a, b):
+        assert_close(x, y, rtol=1e-4, atol=1e-7)  # the network rounds its norms to float32
+
+
+def test_weights_multiply_positions_and_leave_the_count():
+    distilled, rows = objective(weighting=EntropyTop(share=0.5, scope="response")), batch()
+    log_p, log_q = by_hand(distilled, rows)
+    values, entropy = (log_p.exp() * (log_p - log_q)).sum(-1), -(log_q.exp() * log_q).sum(-1)
+    kept = torch.zeros(9)
+    for start, stop, keep in ((0, 5, 2), (5, 8, 1), (8, 9, 1)):
+        kept[start + entropy[start:stop].topk(keep).indices] = 1
+    assert_close(distilled.loss("student", rows, 0).value(), (values * kept).sum() / 9)
+
+
+def test_rows_spread_and_gather_are_inverse():
+    counted = torch.tensor([[False, True, False, True], [True, True, True, False]])
+    rows, values = Rows.of(counted), torch.arange(5.0) + 1
+    assert rows.spread(values).tolist() == [[1, 2, 0], [3, 4, 5]]
+    assert torch.equal(rows.gather(rows.spread(values)), values)
+
+
+def prompts() -> PromptBatch:
+    tokens = torch.tensor([[0, 0, 5, 6], [4, 5, 6, 7]])
+    attention = torch.tensor([[False, False, True, True], [True, True, True, True]])
+    return PromptBatch(torch.tensor([3, 9]), tokens, attention, completions=[[4, 5], [6]])
+
+
+def test_prompts_are_continued_by_the_student_or_completed_from_the_data():
+    mixed = objective(on_policy=0.5, rollouts=RolloutSpec(max_new_tokens=3))
+    given = completed(prompts(), TOKENIZER.pad_token_id or 0)
+    assert given.tokens_counted.tolist() == [4, 5, 6]
+    kinds = [mixed.collect(prompts(), step).tokens_BT.shape for step in range(40)]
+    off = sum(shape == given.tokens_BT.shape for shape in kinds)
+    assert 8 < off < 32, "a fair keyed coin a step"
+    assert kinds == [mixed.collect(prompts(), step).tokens_BT.shape for step in range(40)]
+
+
+def test_an_unbiased_estimator_refuses_what_would_bias_it():
+    with pytest.raises(RecipeError, match=r"unbiased only on untruncated samples.*top_p 1"):
+        objective(SampledReverseKL(), rollouts=RolloutSpec(top_p=0.9))
+    with pytest.raises(RecipeError, match="temperature 1.0"):
+        objective(SampledReverseKL(), rollouts=RolloutSpec(temperature=0.7))
+    with pytest.raises(RecipeError, match="on_policy 1"):
+        objective(SampledReverseKL(), rollouts=RolloutSpec(), on_policy=0.5)
+    with pytest.raises(DataError, match="needs prompts to continue"):
+        objective(SampledReverseKL()).collect(batch(), 0)
+
+
+def test_other_vocabularies_are_refused():
+    with pytest.raises(ModelError, match=r"different vocabularies.*student: \{from: teacher"):
+        TokenDistillation(
+            model(0), LocalTeacher(model(1, character_tokenizer(["xyz"]))), optimizer=OptimizerSpec(), seed=0
+        )
+
+
+def test_batch_wide_weights_couple_the_batch():
+    assert objective().couples == "position"
+    assert objective(weighting=EntropyTop(share=0.5, scope="batch")).couples == "batch"
+
+
+def test_frozen_start_stays_and_privileged_context_sees_more():
+    distilled = objective()
+    start = FrozenStart(distilled.student)
+    rows = batch()
+    same = TokenDistillation(distilled.student, start, ReverseKL(), optimizer=OptimizerSpec(), seed=0)
+    assert same.loss("student", rows, 0).value().abs() < 1e-9, "the start equals the student before training"
+    longer = TokenBatch(
+        rows.ids_B,
+        torch.cat([torch.full((3, 2), 5), rows.tokens_BT], 1),
+        torch.cat([torch.ones(3, 2, dtype=torch.bool), rows.attention_BT], 1),
+        torch.cat([torch.zeros(3, 2, dtype=torch.bool), rows.counted_BT], 1),
+    )
+    seeing = PrivilegedTeacher(start, lambda _: longer)
+    told = TokenDistillation(distilled.student, seeing, ReverseKL(), optimizer=OptimizerSpec(), seed=0)
+    assert told.loss("student", rows, 0).value() > 1e-6
+    broken = PrivilegedTeacher(start, lambda b: TokenBatch(b.ids_B, b.tokens_BT + 1, b.attention_BT, b.counted_BT))
+    with pytest.raises(DataError, match="other counted tokens"):
+        TokenDistillation(distilled.student, broken, optimizer=OptimizerSpec(), seed=0).loss("student", rows, 0)
+
+
+def test_support_is_an_axis():
+    full, topk = objective(Exact(ReverseKL())), objective(Exact(ReverseKL(), TopK(4, of="student", tail="bucket")))
+    rows = batch()
+    assert 0 < topk.loss("student", rows, 0).value() < full.loss("student", rows, 0).value()
