@@ -359,7 +359,7 @@ def load_splits(name: str, config: str | None = None) -> dict[str, Any]:
             loaded = datasets.load_from_disk(str(folder))
         else:
             loaded = datasets.load_dataset(str(folder) if folder.is_dir() else name, config)
-    except (OSError, ValueError, RuntimeError) as cause:
+    except Exception as cause:  # a broken or empty folder makes the reader fail in any way
         lines = str(cause).strip().splitlines() or [type(cause).__name__]
         where = "The folder" if folder.is_dir() else "The hub and the folder of that name"
         raise DataError(f"hf:{name} cannot be loaded. {where} gave: {lines[0]}") from cause
