@@ -22,13 +22,14 @@ from potstill.contracts.players import Objective
 from potstill.contracts.spec import MethodConfig, Spec
 from potstill.evaluation import evaluate
 from potstill.methods import Method, Role
-from potstill.models.build import adapter, build, finish, is_packaged
+from potstill.models.build import adapter, build, finish, is_packaged, location
 from potstill.models.spec import ModelSpec
 from potstill.models.tokenizers import character_tokenizer
 from potstill.tasks.base import Source
 from potstill.tasks.sources import load
-from potstill.tasks.tokens import ChatTokens, Completions, Prompts, TextTokens
+from potstill.tasks.tokens import Prompts, token_rows
 from potstill.teachers import LocalTeacher
+from potstill.training.checkpoint import checkpoints
 from potstill.training.files import load_tensors, read_json, save_tensors, whole_folder, write_json, write_text
 from potstill.training.launch import accelerator
 from potstill.training.scratch import objective_from_scratch
@@ -102,7 +103,9 @@ class Run:
             if foreign is not None:
                 from transformers import AutoTokenizer
 
-                context["tokenizer"] = AutoTokenizer.from_pretrained(foreign.name, trust_remote_code=False)
+                context["tokenizer"] = AutoTokenizer.from_pretrained(
+                    location(foreign.name or ""), trust_remote_code=False
+                )
             else:
                 context["tokenizer"] = character_tokenizer([str(row) for row in self.source.train], mask=True)
         return context
@@ -110,13 +113,8 @@ class Run:
     def tokens(self, split: str = "train", length: int | None = None) -> Any:
         """The source's text as token rows under the run's tokenizer: packed text, chats with assistant masks, or
         prompts with their completions."""
-        rows, length = getattr(self.source, split), length or self.plan.data.length
-        tokenizer = self.context["tokenizer"]
-        if self.source.kind == "chat":
-            return ChatTokens(rows, tokenizer, length)
-        if self.source.kind == "prompts":
-            return Completions(rows, tokenizer, length)
-        return TextTokens(rows, tokenizer, length)
+        rows = getattr(self.source, split)
+        return token_rows(self.source.kind, rows, self.context["tokenizer"], length or self.plan.data.length)
 
     def prompts(self, split: str = "train", length: int | None = None, completion: int | None = None) -> Any:
         """The source's rows as left-padded prompts of at most `length` tokens."""
@@ -238,6 +236,11 @@ class Run:
         file = place / "tensors.safetensors"
         return _pack(stored["value"], load_tensors(file, stored["aliases"]) if file.is_file() else {})
 
+    def seconds_spent(self) -> float:
+        """Seconds of training that the newest checkpoints of all stages stand for."""
+        newest = [found[-1] for stage in (self.folder / "checkpoints").glob("*") if (found := checkpoints(stage))]
+        return sum(read_json(path / "state.json")["seconds"] for path in newest)
+
     def record(self, name: str, type: str, title: str, **content: Any) -> None:
         """Keep something for the report: `type` is table, texts, token_values, images, curves or text."""
         if self.accelerator.is_main_process:
@@ -306,7 +309,7 @@ def trained(
             model = build(kind, spec, context=context, seed=init, role=role)
             dataset = source.train
             if kind in ("causal_lm", "masked_lm"):
-                dataset = TextTokens(source.train, context["tokenizer"], data.length)
+                dataset = token_rows(source.kind, source.train, context["tokenizer"], data.length)
             Trainer(train, None, stage=f"train {role}").fit(objective_from_scratch(model, train), dataset)
             if world.is_main_process:
                 with whole_folder(folder) as part:

@@ -18,6 +18,8 @@ ADAPTERS = {
     "denoiser": "potstill.models.denoisers:Denoiser",
     "graph_classifier": "potstill.models.graphs:GraphClassifier",
 }
+# Real weights that packages carry, by name: fetched and converted once, then a folder like any other.
+CARRIED = {"smollm2": "potstill.models.pretrained:smollm2"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -25,6 +27,14 @@ def adapter(kind: str) -> type[nn.Module]:
     """The adapter class of a kind of model."""
     module, _, name = ADAPTERS[kind].partition(":")
     return getattr(import_module(module), name)
+
+
+def location(name: str) -> str:
+    """The folder of weights that a package carries (fetched now, if it must be); any other name as it is."""
+    if name not in CARRIED:
+        return name
+    module, _, function = CARRIED[name].partition(":")
+    return str(getattr(import_module(module), function)())
 
 
 def is_packaged(kind: str, spec: ModelSpec) -> bool:
@@ -64,7 +74,7 @@ def build(kind: str, spec: ModelSpec, *, context: Mapping[str, Any], seed: int, 
     else:
         if spec.options:
             raise RecipeError(f"{role}.options belong to packaged networks; {spec.name} is a folder or an id.")
-        model = cls.from_pretrained(spec.name, dtype=DTYPES[spec.dtype], pretrained=spec.pretrained)
+        model = cls.from_pretrained(location(spec.name), dtype=DTYPES[spec.dtype], pretrained=spec.pretrained)
     return finish(model, spec, role)
 
 

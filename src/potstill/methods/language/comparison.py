@@ -1,0 +1,138 @@
+"""What the language methods report alike: teacher, student before and after, and a control, on text and on rollouts."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from potstill.contracts.batch import PromptBatch, TokenBatch
+from potstill.evaluation.text import (
+    compare,
+    compare_on_rollouts,
+    generation_speed,
+    perplexity,
+    size,
+    token_divergences,
+)
+from potstill.objectives.tokens import TokenDistillation
+from potstill.rollouts.local import completions_of, sample
+from potstill.run import Result, Run
+
+TEXTS = 4  # sentences and prompts that the report shows
+
+
+def start_of(student: Any) -> Any:
+    """The student as it is now, kept for the comparison."""
+    return copy.deepcopy(student).requires_grad_(False).eval()
+
+
+def control(run: Run, before: Any, stage: str = "control") -> Any:
+    """The same start trained on the same text without a teacher, for as long as the distillation has taken.
+
+    Its budget is time, because a step without a teacher is cheaper; it is read from the stages that stand finished.
+    """
+    seconds = run.stage("control-budget", run.seconds_spent)
+    model = copy.deepcopy(before).requires_grad_(True)
+    objective = TokenDistillation(model, None, cross_entropy=1.0, optimizer=run.train.optimizer_spec(), seed=run.seed)
+    run.fit(objective, run.tokens(), stage=stage, seconds=max(seconds, 1e-3), steps=100 * run.train.steps)
+    return model
+
+
+def compared(run: Run, *, before: Any | None = None, control: Any | None = None) -> Result:
+    """Measure, keep for the report, and hand back the student with its numbers."""
+    student, teacher = run.student(), run.model("teacher")
+    students = {"student before": before, "student after": student, "control": control}
+    students = {name: model for name, model in students.items() if model is not None}
+    values = run.stage("comparison", _measure, run, students, teacher)
+    columns = ["model", "perplexity", "KL(p || q)", "KL(q || p)", "top-token agreement", "KL(q || p) on own rollouts"]
+    columns += ["tokens/s", "parameters", "MB"]
+    run.record(
+        "1-comparison",
+        "table",
+        "Teacher, student and control",
+        columns=columns,
+        rows=values["rows"],
+        note="p is the teacher, q the student, on held-out text unless said otherwise; nats per token. The control is the "
+        "same start trained on the same text without a teacher, for the same time." if control is not None else
+        "p is the teacher, q the student, on held-out text unless said otherwise; nats per token.",
+    )  # fmt: skip
+    run.record(
+        "2-samples",
+        "texts",
+        "Continuations of held-out prompts",
+        columns=["teacher", *students],
+        rows=values["samples"],
+    )
+    run.record(
+        "3-divergence",
+        "token_values",
+        "Where teacher and student disagree: KL(p || q) at each token",
+        sentences=values["sentences"],
+        unit="nats",
+    )
+    return Result(student=student, metrics=values["metrics"])
+
+
+def _measure(run: Run, students: Mapping[str, Any], teacher: Any) -> dict[str, Any]:
+    batches, prompts = _held_out(run)
+    tokens = min(64, run.plan.data.length)
+    shown = prompts[0]
+    row = [perplexity(teacher, batches), 0.0, 0.0, 1.0, 0.0, *_cost(teacher, shown, tokens)]
+    rows: list[list[Any]] = [["teacher", *row]]
+    metrics: dict[str, float] = {"teacher_perplexity": row[0]}
+    for name, model in students.items():
+        on_text = compare(model, teacher, batches)
+        own = compare_on_rollouts(model, teacher, prompts, max_new_tokens=tokens, seed=run.seed)
+        row = [on_text["student_perplexity"], on_text["forward_kl"], on_text["reverse_kl"], on_text["agreement"]]
+        row += [own["reverse_kl"], *_cost(model, shown, tokens)]
+        rows.append([name, *row])
+        prefix = "" if name == "student after" else name.replace("student ", "") + "_"
+        named = {
+            "perplexity": row[0], "forward_kl": row[1], "reverse_kl": row[2], "agreement": row[3], "rollout_reverse_kl": row[4],
+        }  # fmt: skip
+        metrics |= {prefix + key: value for key, value in named.items()}
+    metrics |= size(students["student after"])
+    return {
+        "rows": rows,
+        "metrics": metrics,
+        "samples": _samples(run, {"teacher": teacher, **students}, shown, tokens),
+        "sentences": _sentences(run, students["student after"], teacher, batches),
+    }
+
+
+def _cost(model: Any, prompts: PromptBatch, tokens: int) -> list[float]:
+    cost = size(model)
+    return [generation_speed(model, prompts, max_new_tokens=tokens, repeats=1), cost["parameters"], cost["bytes"] / 1e6]
+
+
+def _held_out(run: Run) -> tuple[list[TokenBatch], list[PromptBatch]]:
+    """Test rows as token batches, and as a few batches of prompts."""
+    tokens, prompts = run.tokens("test"), run.prompts("test")
+    size, limit = min(run.plan.eval.batch, 16), run.plan.eval.limit or 256
+    batches = [tokens.batch(rows).to(run.device) for rows in torch.arange(min(limit, len(tokens))).split(size)]
+    asked = [prompts.batch(rows).to(run.device) for rows in torch.arange(min(32, len(prompts))).split(size)]
+    return batches, asked
+
+
+def _samples(run: Run, models: Mapping[str, Any], prompts: PromptBatch, tokens: int) -> list[dict[str, str]]:
+    first = PromptBatch(prompts.ids_B[:TEXTS], prompts.tokens_BT[:TEXTS], prompts.attention_BT[:TEXTS])
+    tokenizer = run.context["tokenizer"]
+    read = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    rows = [{"prompt": read(t[a])} for t, a in zip(first.tokens_BT, first.attention_BT)]
+    for name, model in models.items():
+        out = sample(model, first, max_new_tokens=tokens, temperature=0.7, seed=run.seed)
+        for row, ids in zip(rows, completions_of(out)):
+            row[name] = read(ids)
+    return rows
+
+
+def _sentences(run: Run, student: Any, teacher: Any, batches: list[TokenBatch]) -> list[dict[str, Any]]:
+    tokenizer = run.context["tokenizer"]
+    first = batches[0]
+    texts = [
+        tokenizer.decode(t[a], skip_special_tokens=True) for t, a in zip(first.tokens_BT[:TEXTS], first.attention_BT)
+    ]
+    found = token_divergences(student, teacher, texts, max_length=run.plan.data.length)
+    readable = lambda ids: [tokenizer.convert_tokens_to_string([t]) for t in ids]
+    return [{"tokens": readable(words), "values": values.tolist()} for words, values in found]
