@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from potstill.contracts.errors import DataError, NonFiniteError
-from potstill.evaluation.graphs import JudgeTraining, auc, drawn, judged
+from potstill.evaluation.graphs import auc, drawn, graph_logits, judged, labels_of
 from potstill.models.graphs import GraphClassifier
 
 pyg = pytest.importorskip("torch_geometric.data")
@@ -59,57 +59,53 @@ def single(label):
     )
 
 
-def test_judged_learns_repeats_and_keeps_the_best_step():
+def trained(judge, items, *, lr=0.05, **options):
+    optimizer = torch.optim.Adam(judge.parameters(), lr=lr)
+    return judged(judge, items, optimizer=optimizer, **({"validation": items, "test": items, "seed": 1} | options))
+
+
+def test_judged_learns_repeats_and_leaves_the_generator_alone():
     items = [single(0), single(1)]
-    base = GraphClassifier("gin", node_labels=4, classes=2, width=8, layers=1, dropout=0.5)
-    options = {"validation": items, "test": items, "training": JudgeTraining(steps=40, batch=4, lr=0.05, every=7)}
+    base = GraphClassifier("gin", node_labels=2, classes=2, width=8, layers=1, dropout=0.5)
     rng = torch.random.get_rng_state()
-    result, judge = judged(base.fresh(0), items, seed=1, **options)
-    again, twin = judged(base.fresh(0), items, seed=1, **options)
+    result, judge = trained(base.fresh(0), items, steps=40, batch=4, every=7)
+    again, twin = trained(base.fresh(0), items, steps=40, batch=4, every=7)
     assert result == again
     assert result.test_auc == 1.0
     assert all(torch.equal(a, b) for a, b in zip(judge.parameters(), twin.parameters()))
     assert torch.equal(torch.random.get_rng_state(), rng)
-    reversed_items = [single(2), single(3)]  # never trained on: validation stays as it was drawn, step 0 may win
-    for graph in reversed_items:
-        graph.x = 3 - graph.x  # labels 1 and 0, with classes the other way round: learning makes it worse
-    start = next(
-        s
-        for s in range(50)
-        if judged(base.fresh(s), items, seed=1, validation=reversed_items, test=items, training=JudgeTraining(steps=0))[
-            0
-        ].validation_auc
-        == 1.0
-    )
-    kept, _ = judged(base.fresh(start), items, seed=1, **(options | {"validation": reversed_items}))
-    assert kept.step == 0
-    assert kept.test_auc == 0.0
+
+
+def test_the_best_validation_step_is_kept_even_the_untrained_one():
+    """Validation wants the labels the other way round: a judge that starts so is best before it learns anything."""
+    items, contrary = [single(0), single(1)], [single(0), single(1)]
+    for graph in contrary:
+        graph.y = 1 - graph.y
+    base = GraphClassifier("gin", node_labels=2, classes=2, width=8, layers=1)
+    start = next(s for s in range(50) if auc(graph_logits(base.fresh(s), contrary), labels_of(contrary)) == 1.0)
+    kept, judge = trained(base.fresh(start), items, steps=40, batch=4, every=7, validation=contrary)
+    assert (kept.step, kept.validation_auc, kept.test_auc) == (0, 1.0, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(judge.parameters(), base.fresh(start).parameters()))
 
 
 def test_counts_are_weights():
     """One step on draws (0, 0, 0, 1) is one step on a list that holds item 0 three times."""
-    base = GraphClassifier("gin", node_labels=4, classes=2, width=8, layers=1)
-    items, training = [single(0), single(1)], JudgeTraining(steps=1, batch=4, every=1)
+    base = GraphClassifier("gin", node_labels=2, classes=2, width=8, layers=1)
+    items = [single(0), single(1)]
     seed = next(s for s in range(100) if drawn(2, 4, s, 0, torch.ones(2)).sum() == 1)
-    few, many = (GraphClassifier(**base.config) for _ in range(2))
-    few.load_state_dict(base.state_dict()), many.load_state_dict(base.state_dict())
 
-    def gradient(model, graphs, weights):
-        taken = []
+    def gradient(graphs, weights):
+        model, taken = base.fresh(0), []
         model.linear.weight.register_hook(taken.append)
-        judged(model, graphs, validation=items, test=items, training=training, seed=seed, weights=weights)
+        trained(model, graphs, validation=items, test=items, steps=1, batch=4, seed=seed, weights=weights)
         return taken[0]
 
-    torch.testing.assert_close(gradient(few, items, torch.ones(2)), gradient(many, [items[0]] * 3 + [items[1]], None))
+    torch.testing.assert_close(gradient(items, torch.ones(2)), gradient([items[0]] * 3 + [items[1]], None))
 
 
-def test_an_empty_set_is_refused():
+def test_bad_input():
+    judge = GraphClassifier("gin", node_labels=2, classes=2, width=8, layers=1)
     with pytest.raises(DataError, match="set of graphs is empty"):
-        judged(
-            GraphClassifier("gin", node_labels=1, classes=2),
-            [],
-            validation=[],
-            test=[],
-            training=JudgeTraining(),
-            seed=0,
-        )
+        trained(judge, [], steps=1, batch=1)
+    with pytest.raises(NonFiniteError, match="Lower its learning rate"):
+        trained(judge, [single(0), single(1)], steps=9, batch=2, lr=1e30, every=9)

@@ -10,24 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from potstill.contracts import keyed
 from potstill.contracts.errors import DataError, NonFiniteError, require
-from potstill.contracts.spec import Spec
 from potstill.models.graphs import GraphClassifier
-
-
-class JudgeTraining(Spec):
-    """How a judge is trained. Adam, with weight decay as L2 in the gradient; the best validation step is kept."""
-
-    steps: int = Field(500, ge=0)
-    batch: int = Field(32, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    every: int = Field(20, ge=1)  # steps between validations; step 0, the untrained judge, is one of the candidates
 
 
 @dataclass(frozen=True)
@@ -53,10 +41,11 @@ def labels_of(graphs: Sequence[Any]) -> Tensor:
 def graph_logits(model: GraphClassifier, graphs: Sequence[Any], batch: int = 512) -> Tensor:
     """Logits of every graph, in evaluation mode. [N, V]."""
     was_training = model.training
+    device = next(model.parameters()).device
     model.eval()
-    logits = torch.cat([model(collate(graphs[i : i + batch])) for i in range(0, len(graphs), batch)])
+    logits = [model(collate(graphs[i : i + batch]).to(device)).cpu() for i in range(0, len(graphs), batch)]
     model.train(was_training)
-    return logits
+    return torch.cat(logits)
 
 
 def auc(logits_NV: Tensor, labels_N: Tensor) -> float:
@@ -103,35 +92,39 @@ def judged(
     *,
     validation: Sequence[Any],
     test: Sequence[Any],
-    training: JudgeTraining,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    batch: int,
     seed: int,
+    every: int = 20,
     weights: Tensor | None = None,
 ) -> tuple[Judged, GraphClassifier]:
     """Train `judge` on `items` by cross-entropy and return its AUCs at the best validation step, and it at that step.
 
-    A draw that repeats an item is computed once and weighted by its count. Randomness is keyed by the seed.
+    Validation comes every `every` steps and at both ends, so the untrained judge is a candidate. A draw that repeats an
+    item is computed once and weighted by its count. Randomness is keyed by the seed.
     """
     if not items:
         raise DataError("There is nothing to train a judge on: the set of graphs is empty.")
     judge.train()
-    optimizer = torch.optim.Adam(judge.parameters(), lr=training.lr, weight_decay=training.weight_decay)
-    everything = collate(items) if len(items) <= training.batch else None  # few items: collate once, mask by the counts
+    device = next(judge.parameters()).device
+    everything = collate(items).to(device) if len(items) <= batch else None  # few: collate once, weight by the counts
     truth = labels_of(validation)
     best, best_step, best_state = -1.0, 0, judge.state_dict()
     with torch.random.fork_rng(devices=[]):
-        for step in range(training.steps + 1):
-            if step % training.every == 0 or step == training.steps:
+        for step in range(steps + 1):
+            if step % every == 0 or step == steps:
                 reached = auc(graph_logits(judge, validation), truth)
                 if reached > best:
                     best, best_step, best_state = reached, step, copy.deepcopy(judge.state_dict())
-            if step == training.steps:
+            if step == steps:
                 break
-            counts = torch.bincount(drawn(len(items), training.batch, seed, step, weights), minlength=len(items))
+            counts = torch.bincount(drawn(len(items), batch, seed, step, weights), minlength=len(items))
             rows = torch.arange(len(items)) if everything is not None else counts.nonzero()[:, 0]
-            batch = everything if everything is not None else collate([items[i] for i in rows])
+            graphs = everything if everything is not None else collate([items[i] for i in rows]).to(device)
             torch.manual_seed(keyed.key(seed, "dropout", step) & (2**63 - 1))
-            losses = torch.nn.functional.cross_entropy(judge(batch), batch.y.view(-1), reduction="none")
-            loss = (losses * counts[rows]).sum() / counts.sum()
+            losses = torch.nn.functional.cross_entropy(judge(graphs), graphs.y.view(-1), reduction="none")
+            loss = (losses * counts[rows].to(device)).sum() / counts.sum()
             if not loss.isfinite():
                 raise NonFiniteError(f"The judge's loss became {loss.item()} at step {step}. Lower its learning rate.")
             optimizer.zero_grad()

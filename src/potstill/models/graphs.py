@@ -23,11 +23,11 @@ class LabelEmbedding(nn.Module):
     def __init__(self, sizes: Sequence[int], width: int, what: str) -> None:
         super().__init__()
         self.columns = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
-        self.what = what
+        self.sizes, self.what = list(sizes), what
 
     def forward(self, labels: Tensor) -> Tensor:
         labels = labels[:, None] if labels.dim() == 1 else labels
-        sizes = [column.num_embeddings for column in self.columns]
+        sizes = self.sizes
         if labels.is_floating_point():
             raise DataError(
                 f"{self.what} labels must be integers (categories), got {labels.dtype}. "
