@@ -18,6 +18,7 @@ from transformers import (
 
 from potstill.contracts.errors import MissingExtra, ModelError, RecipeError
 from potstill.models.images import ImageClassifier
+from potstill.models.taps import tap
 
 OWN = [name for name in ImageClassifier.PACKAGED if name != "timm"]
 FIELD = {
@@ -79,7 +80,7 @@ def test_networks_of_the_field_go_through_the_same_adapter(name, tmp_path):
     assert model.head_name.startswith("network.classifier")
     model.eval().save(tmp_path)
     again = ImageClassifier.from_pretrained(tmp_path)
-    assert again.training  # as a fresh network
+    assert again.network.training  # as a fresh network
     assert_close(again.eval()(x), model(x))
     fresh = ImageClassifier.from_pretrained(tmp_path, pretrained=False, classes=9, channels=1, size=64)
     assert fresh(images(64, 1)).shape == (4, 9)
@@ -100,6 +101,12 @@ def test_options_are_shapes():
     model = ImageClassifier.PACKAGED["convnet"](width=[4, 12], depth=[1, 2], stages=2)
     assert [len(stage) for stage in model.network.stages] == [1, 2]
     assert model.network.head.in_features == 12
+    for stride in (1, 2):
+        model = ImageClassifier.PACKAGED["convnet"](stem_stride=stride)
+        with tap(model, [f"network.stages.{i}" for i in range(3)]) as taps:
+            model(images())
+        sizes = [tuple(x.shape[1:]) for x in taps.outputs.values()]
+        assert sizes == [(16 * 2**i, s, s) for i, s in enumerate([[28, 14, 7], [14, 7, 4]][stride - 1])]
     assert "stem_stride" in inspect.signature(ImageClassifier.PACKAGED["resnet-m"]).parameters
     assert ImageClassifier.PACKAGED["vit-xs"](size=28).network.config.patch_size == 4
     assert ImageClassifier.PACKAGED["vit-xs"](size=8).network.config.patch_size == 2

@@ -136,6 +136,14 @@ def test_statistics_of_vectors_and_networks_without_any():
             pass
 
 
+def test_running_statistics_are_those_before_the_pass():
+    layer = nn.BatchNorm1d(3)
+    with tap_batchnorm(layer) as seen:
+        layer(1 + torch.randn(5, 3))
+    assert_close((seen[""].running_mean_C, seen[""].running_variance_C), (torch.zeros(3), torch.ones(3)))
+    assert layer.running_mean.abs().sum() > 0  # the pass did move them
+
+
 def test_coupled_is_training_mode_batchnorm():
     model = network()
     assert batchnorm_coupled(model)
@@ -146,11 +154,12 @@ def test_coupled_is_training_mode_batchnorm():
 
 def test_batch_statistics_couple_the_batch_and_leave_no_trace():
     model = network().eval()
-    model.network.stages[1].train()  # a mixed state, to be restored as it was
+    model.network.stages[2].train()  # a mixed state, to be restored as it was
     state, modes = {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()]
     alone = lambda: model(images()[:3])
     among = lambda: model(torch.cat([images()[:3], 4 + images(1)]))[:3]
     with batch_statistics(model):
+        assert all(m.training for m in model.modules())
         assert not torch.allclose(alone(), among())
     assert_close(model.state_dict(), state, rtol=0, atol=0)
     assert [m.training for m in model.modules()] == modes
