@@ -69,6 +69,14 @@ def test_gcn_with_edges_by_hand():
     assert_close(out, torch.tensor([[1.5], [3 / 2**0.5 + 3.5 / 2]]).double())
 
 
+def test_layers_are_rectified_between():
+    model, graph = classifier("gcn"), path_graph([0, 1, 2])
+    first, second = model.convolutions
+    hidden = first(model.embed_nodes(graph.x), graph.edge_index)
+    assert (hidden < 0).any()
+    assert_close(model.embed(graph), second(hidden.clamp_min(0), graph.edge_index))
+
+
 def test_last_layer_is_neither_rectified_nor_shared():
     model = classifier("gin", layers=3)
     assert (model.embed(path_graph([0, 1, 2])) < 0).any()

@@ -177,7 +177,7 @@ def test_parse_inverts_canonical(edge_labels):
         assert len(other.expand(other.parse(text))[0]) == len(forest.expand(tree)[0])
 
 
-@pytest.mark.parametrize("text", ["", "1(2", "1)2", "1(2:3", "1(:3)", "1,2", "1..2", "x", "1()"])
+@pytest.mark.parametrize("text", ["", "1(2", "1)2", "1(2:3", "1(:3)", "1,2", "1..2", "x", "1()", "1(2]"])
 def test_parse_refuses(text):
     with pytest.raises(DataError, match="is no canonical tree"):
         Forest().parse(text)
@@ -284,6 +284,7 @@ def test_single_nodes_keep_the_columns_of_edges(tmp_path):
     product.save(tmp_path)
     assert collate(load_distilled(tmp_path)).edge_attr.tolist() == [[2]]
     assert product.graphs[0].edge_index.shape == (2, 0)
+    assert product.graphs[0].edge_attr.shape == (0, 1)
 
 
 def test_support_weighted_draws(saved):
