@@ -44,9 +44,7 @@ class Projector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         if self.size is not None and tuple(features.shape[2:]) != self.size:
-            features = adaptive_avg_pool2d(
-                features, self.size
-            )  # before the map: both are linear and commute, this is cheaper
+            features = adaptive_avg_pool2d(features, self.size)  # before the map, with which it commutes: cheaper
         return self.map(features)
 
 
