@@ -72,10 +72,10 @@ def test_advantages_by_hand():
     reverse = 0.25 * math.log(0.5) + 0.5 * math.log(2)
     assert SampledReverseKL().advantage(p, q, token).item() == pytest.approx(math.log(2))
     assert SampledReverseKL("full").advantage(p, q, token).item() == pytest.approx(math.log(2) + reverse)
-    first = torch.tensor([[0.26, 0.5, 0.24]]).log()  # the student's top 2 are tokens 1 and 0
-    renormalised = (0.26 / 0.76) * math.log((0.26 / 0.76) / (2 / 3)) + (0.5 / 0.76) * math.log((0.5 / 0.76) / (1 / 3))
-    expected = math.log(0.5 / 0.26) + renormalised
-    assert SampledReverseKL("topk", k=2).advantage(p, first, token).item() == pytest.approx(expected, rel=1e-5)
+    p, q = torch.tensor([[0.5, 0.1, 0.4]]).log(), torch.tensor([[0.3, 0.5, 0.2]]).log()
+    top2 = 0.625 * math.log(0.625 / (1 / 6)) + 0.375 * math.log(0.375 / (5 / 6))  # the student's: tokens 1 and 0
+    expected = math.log(0.5 / 0.3) + top2
+    assert SampledReverseKL("topk", k=2).advantage(p, q, token).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_full_baseline_centres_the_advantage():

@@ -74,11 +74,11 @@ def test_scaling_the_teacher_changes_nothing_once_standardised():
     assert (kd(z, 4 * v, 2.0) - kd(z, v, 2.0)).abs().min() > 1e-2
 
 
-def test_constant_logits_are_zero_with_finite_gradients():
+def test_constant_logits_are_zero_with_small_gradients():
     z = torch.full((2, 5), 3.0, requires_grad=True)
     value = standardize(z)
     assert value.tolist() == [[0.0] * 5] * 2
-    assert torch.autograd.grad(value[0, 0], z)[0].isfinite().all()
+    assert torch.autograd.grad(value[0, 0], z)[0].abs().max() <= 1
 
 
 def test_standardize_gradcheck():

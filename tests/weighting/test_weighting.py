@@ -117,6 +117,7 @@ def test_counted_positions_of_score_minus_infinity_precede_padding():
     mask = torch.tensor([[False, True, True]])
     kept = top_share(torch.tensor([[5.0, -math.inf, -math.inf]]), mask, 1.0, "response")
     assert_close(kept, mask)
+    assert not top_share(torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool), 1.0, "response").any()
 
 
 def test_how_far_a_weight_looks():

@@ -18,14 +18,14 @@ def standardize(logits: Tensor, eps: float = 1e-7, unbiased: bool = True, detach
     """(x - mean) / (std + eps) over the classes of each row, [*P, V]; divide by the temperature afterwards.
 
     unbiased: the standard deviation divides by V - 1 (the paper's). detach: no gradient through mean and deviation.
-    A constant row becomes 0; its gradient, at most 1 / eps, is finite. Source: arXiv 2403.01427, Algorithm 1.
+    A constant row becomes 0, as if its deviation were 1, so that its gradient stays small. Source: arXiv 2403.01427, Algorithm 1.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     source = logits.detach() if detach else logits
     centred = source - source.mean(-1, keepdim=True)
     variance = centred.square().sum(-1, keepdim=True) / (logits.shape[-1] - int(unbiased))
     constant = variance == 0  # the root's gradient there is infinite, and 0 * inf is NaN
-    std = variance.masked_fill(constant, 1.0).sqrt().masked_fill(constant, 0.0)
+    std = variance.masked_fill(constant, 1.0).sqrt()
     return (logits - source.mean(-1, keepdim=True)) / (std + eps)
 
 
