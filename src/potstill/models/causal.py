@@ -303,6 +303,19 @@ class CausalLM(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
 
+def shared_vocabulary(first: CausalLM, second: CausalLM) -> int:
+    """How many words two models of one tokenizer both score: their heads may be padded to different widths.
+
+    A ModelError where their tokenizers differ, since word i of one is then not word i of the other.
+    """
+    if first.tokenizer.get_vocab() != second.tokenizer.get_vocab():
+        raise ModelError(
+            f"{first.name} and {second.name} have different tokenizers ({len(first.tokenizer)} and "
+            f"{len(second.tokenizer)} tokens), so their words cannot be compared. Use models of one family."
+        )
+    return min(first.vocabulary, second.vocabulary)
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """The models in eval mode inside the block, each module as it was afterwards."""
