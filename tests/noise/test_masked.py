@@ -218,6 +218,16 @@ def test_draw_only_where_asked_and_greedy_at_zero():
     where = torch.tensor([[True, False, True], [False, True, True]])
     greedy = draw(log_p, 0, torch.arange(2), where, temperature=0.0)
     assert torch.equal(greedy, log_p.argmax(-1) * where)
+    count, p = 40000, torch.tensor([0.1, 0.2, 0.7])  # three outcomes: with two, the noise's sign could not be seen
+    drawn = draw(p.log().expand(count, 1, 3), 0, torch.arange(count), torch.ones(count, 1, dtype=torch.bool))
+    assert_close(torch.bincount(drawn.flatten()) / count, p, rtol=0, atol=0.01)
+
+
+def test_visible_positions_are_left_alone_by_any_probabilities():
+    log_p, tokens = random_logits(1, 4, 3, seed=7).log_softmax(-1), torch.tensor([[0, MASK, 1, MASK]])
+    assert masked_nll(log_p, torch.tensor([[0, 1, 1, 0]]), tokens, MASK)[0, [0, 2]].tolist() == [0, 0]
+    after = jump(log_p.expand(200, 4, 3), tokens.expand(200, 4), 0.1, 1.0, MASK, 0, torch.arange(200))
+    assert (after[:, [0, 2]] == tokens[:, [0, 2]]).all()
 
 
 def test_times():
