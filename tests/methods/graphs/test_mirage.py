@@ -330,6 +330,19 @@ def test_herding_by_hand():
     assert herded(scipy.sparse.csr_matrix(rows)) == [0, 1, 4, 2, 3]
 
 
+def test_a_graph_without_edges_is_a_graph():
+    """A lone atom: edge_attr is [0, 1]."""
+    graph = pyg.Data(
+        x=torch.tensor([[3]]),
+        edge_index=torch.zeros(2, 0, dtype=torch.long),
+        edge_attr=torch.zeros(0, 1, dtype=torch.long),
+        y=torch.tensor([0]),
+    )
+    forest = Forest()
+    assert [forest.canonical(tree) for tree in forest.of_nodes(graph, 2)] == ["3"]
+    assert stored_graphs([graph]).numbers == 1 + 3
+
+
 def test_continuous_features_are_refused():
     graph = random_graph(0)
     with pytest.raises(DataError, match=r"graph.x is torch.float32. Bin or quantise"):

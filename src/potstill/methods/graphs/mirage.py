@@ -151,7 +151,8 @@ def _columns(values: Tensor, what: str) -> list[Label]:
             f"Mirage needs discrete labels, but graph.{what} is {values.dtype}. "
             "Bin or quantise continuous features to integers first."
         )
-    return [tuple(row) for row in values.reshape(len(values), -1).tolist()]
+    values = values[:, None] if values.dim() == 1 else values
+    return [tuple(row) for row in values.tolist()]
 
 
 def _edge_columns(graph: Any) -> list[Label]:
