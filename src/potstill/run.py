@@ -1,5 +1,6 @@
 """What a method gets in its hands: models by role, data, training by stage, and a folder that remembers what is done."""
 
+import copy
 import hashlib
 import json
 import platform
@@ -194,8 +195,12 @@ class Run:
             if spec.from_ not in self.plan.method.roles:
                 raise RecipeError(f"{role}.from names {spec.from_}, which is no role of {self.plan.method.name}.")
             origin = self.model(spec.from_)
+            if spec.layers is None:
+                return finish(copy.deepcopy(origin).requires_grad_(True), spec, role)
             if not hasattr(origin, "shortened"):
-                raise RecipeError(f"{role}.from: a {of.kind} cannot be cut from another.")
+                raise RecipeError(
+                    f"{role}.layers: a {of.kind} cannot be cut in layers. Without layers it is copied whole."
+                )
             return finish(origin.shortened(spec.layers).requires_grad_(True), spec, role)
         if of.ready and is_packaged(of.kind, spec):
             return trained(of.kind, spec, self.source, self.context, self.plan.data, self.seed, self.train.device, role)
@@ -286,14 +291,21 @@ def trained(
 ) -> Any:
     """A packaged network trained on a source: trained once, cached by a hash of all that made it, and reused.
 
-    How long and how fast is the source's to say (`Source.teacher`); the seed of the teacher is fixed, so that runs with
-    different seeds compare under one teacher.
+    How long and how fast is the source's to say (`Source.teacher`, where an entry under a kind's name is that kind's);
+    the seed of the teacher is fixed, so that runs with different seeds compare under one teacher. A network without
+    parameters, a formula, needs no training.
     """
+    given = source.teacher or {}
+    own = given.get(kind) or {key: value for key, value in given.items() if not isinstance(value, Mapping)}
+    init = keyed.key(own.get("seed", 0), "init", kind, spec.name or "")
+    model = build(kind, spec, context=context, seed=init, role=role)
+    if next(model.parameters(), None) is None:
+        return model
     if source.teacher is None:
         raise RecipeError(
             f"{role}: {source.name} does not say how a {spec.name} is trained. Give {role} as a folder or an id."
         )
-    settings = {**source.teacher, "trackers": [], "device": device}
+    settings = {**own, "trackers": [], "device": device}
     identity = {
         "kind": kind, "spec": spec.model_dump(mode="json"), "data": data.model_dump(mode="json"), "source": source.name,
         "settings": {k: v for k, v in settings.items() if k != "device"}, "format": 1,
@@ -305,8 +317,6 @@ def trained(
     world = accelerator(train)
     with locked(folder, world.is_main_process):
         if not (folder / "potstill-identity.json").is_file():
-            init = keyed.key(train.seed, "init", kind, spec.name or "")
-            model = build(kind, spec, context=context, seed=init, role=role)
             dataset = source.train
             if kind in ("causal_lm", "masked_lm"):
                 dataset = token_rows(source.kind, source.train, context["tokenizer"], data.length)

@@ -37,6 +37,7 @@ class Batch:
 class ImageBatch(Batch):
     images: Tensor  # [B, C, H, W], in the range its task states
     labels_B: Tensor  # int64
+    condition: Tensor | None = None  # encoder states of captions [B, T, D], where the source has them
 
 
 @dataclass

@@ -16,6 +16,7 @@ ADAPTERS = {
     "masked_lm": "potstill.models.masked:MaskedLM",
     "image_classifier": "potstill.models.images:ImageClassifier",
     "denoiser": "potstill.models.denoisers:Denoiser",
+    "one_step": "potstill.models.denoisers:OneStep",
     "graph_classifier": "potstill.models.graphs:GraphClassifier",
 }
 # Real weights that packages carry, by name: fetched and converted once, then a folder like any other.

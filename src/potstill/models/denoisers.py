@@ -28,6 +28,7 @@ from potstill.models.lora import add_lora, merged
 from potstill.models.spec import LoraSpec
 from potstill.noise import samplers
 from potstill.noise.gaussian import (
+    VE,
     DiscreteVP,
     EDMPreconditioning,
     MatchedPreconditioning,
@@ -88,7 +89,7 @@ class Denoiser(_Denoising):
     condition a class-conditional network gets its label for "none".
     """
 
-    PACKAGED: ClassVar[dict[str, Callable[..., "Denoiser"]]] = {}
+    PACKAGED: ClassVar[dict[str, Callable[..., "Denoiser | MixtureDenoiser"]]] = {}
 
     def __init__(
         self, network: nn.Module, preconditioning: Preconditioning, shape: Sequence[int], name: str = "denoiser"
@@ -319,8 +320,8 @@ def scheduler_preconditioning(config: Mapping[str, Any], where: str = "scheduler
 
 def _network(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, pretrained: bool) -> nn.Module:
     name = str(config.get("_class_name", ""))
-    if name == "PointMLP":
-        return PointMLP.from_pretrained(folder, pretrained).to(dtype)
+    if name in ("PointMLP", "PointAffine"):
+        return {"PointMLP": PointMLP, "PointAffine": PointAffine}[name].from_pretrained(folder, pretrained).to(dtype)
     diffusers = require("diffusers", "diffusion")
     cls = getattr(diffusers, name, None) if name else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
@@ -345,7 +346,45 @@ def _network(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, pretra
     return network
 
 
-class PointMLP(nn.Module):
+class _PointNetwork(nn.Module):
+    """What the networks for points share: a folder like those of diffusers."""
+
+    config: "_Config"
+
+    def save_pretrained(self, folder: Path) -> None:
+        own = {k: v for k, v in self.config.items() if k != "in_channels"}
+        about = {"_class_name": type(self).__name__, **own}
+        (Path(folder) / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, str(Path(folder) / WEIGHTS))
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, pretrained: bool = True) -> Self:
+        config = _json(Path(folder) / "config.json")
+        network = cls(**{k: v for k, v in config.items() if not k.startswith("_")})
+        if pretrained:
+            try:
+                network.load_state_dict(load_file(str(Path(folder) / WEIGHTS)))
+            except (OSError, RuntimeError) as cause:
+                raise ModelError(
+                    f"{folder} cannot be loaded as a {cls.__name__}: {str(cause).splitlines()[0]}"
+                ) from cause
+        return network
+
+
+class PointAffine(_PointNetwork):
+    """x -> shift + scale x along each axis, whatever the level: of unit noise, a Gaussian."""
+
+    def __init__(self, dimension: int = 1, shift: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__()
+        self.config = _Config({"dimension": dimension, "in_channels": dimension})
+        self.shift = nn.Parameter(torch.full((dimension,), float(shift)))
+        self.scale = nn.Parameter(torch.full((dimension,), float(scale)))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.shift + self.scale * sample
+
+
+class PointMLP(_PointNetwork):
     """A residual network for points [B, D] under noise, every block shifted and scaled by the level.
 
     The level enters as sines and cosines of `bands` frequencies; optional class labels as a learned vector, the last one
@@ -376,22 +415,6 @@ class PointMLP(nn.Module):
         for layer in self.layers:
             state = layer(state, level)
         return self.output(F.silu(state))
-
-    def save_pretrained(self, folder: Path) -> None:
-        own = {k: v for k, v in self.config.items() if k != "in_channels"}
-        (Path(folder) / "config.json").write_text(json.dumps({"_class_name": "PointMLP", **own}, indent=2) + "\n")
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, str(Path(folder) / WEIGHTS))
-
-    @classmethod
-    def from_pretrained(cls, folder: Path, pretrained: bool = True) -> "PointMLP":
-        config = _json(Path(folder) / "config.json")
-        network = cls(**{k: v for k, v in config.items() if not k.startswith("_")})
-        if pretrained:
-            try:
-                network.load_state_dict(load_file(str(Path(folder) / WEIGHTS)))
-            except (OSError, RuntimeError) as cause:
-                raise ModelError(f"{folder} cannot be loaded as a PointMLP: {str(cause).splitlines()[0]}") from cause
-        return network
 
 
 class _Config(dict[str, Any]):
@@ -467,11 +490,16 @@ class Guided(_Denoising):
         free = self.denoiser(x, sigma, rows(self.none, one))
         return free + self.scale * (self.denoiser(x, sigma, condition) - free)
 
+    @property
+    def null_label(self) -> int | None:
+        return self.denoiser.null_label
+
 
 class OneStep(nn.Module):
     """A one-step generator G(z) = D(sigma_init z; sigma_init) around a denoiser."""
 
-    kind: ClassVar[str] = "denoiser"
+    kind: ClassVar[str] = "one_step"
+    PACKAGED: ClassVar[dict[str, Callable[..., "OneStep"]]] = {}
 
     def __init__(self, denoiser: Denoiser, sigma_init: float = 2.5) -> None:
         super().__init__()
@@ -500,9 +528,14 @@ class OneStep(nn.Module):
             ids_B, seed=seed, condition=condition, sigmas=levels_, solver=samplers.consistency, batch=batch
         )
 
+    def generate(self, count: int, seed: int = 0) -> Tensor:
+        """Samples 0 .. count - 1; a class-conditional generator takes its labels in turn. [count, *shape]."""
+        ids_B = torch.arange(count, device=next(self.parameters()).device)
+        return self.sample(ids_B, seed=seed, condition=labels_in_turn(self.denoiser, ids_B))
+
     def save(self, folder: Path) -> None:
         """The denoiser's folder, with sigma_init in its potstill.json."""
-        self.denoiser.save(folder, sigma_init=self.sigma_init)
+        self.denoiser.save(folder, sigma_init=self.sigma_init, kind=self.kind)
 
     @classmethod
     def from_pretrained(
@@ -515,6 +548,12 @@ class OneStep(nn.Module):
         if "sigma_init" not in about:
             raise ModelError(f"{path} holds a denoiser, no one-step generator: its {SIDE_FILE} has no sigma_init.")
         return cls(denoiser, about["sigma_init"])
+
+
+def labels_in_turn(denoiser: Any, ids_B: Tensor) -> Tensor | None:
+    """Labels 0, 1, ... over and over, by id; None for a denoiser without labels. [B]."""
+    none = getattr(denoiser, "null_label", None)
+    return ids_B % none if none else None
 
 
 def _sides(size: int | Sequence[int]) -> list[int]:
@@ -600,6 +639,17 @@ def mlp_denoiser(
     return Denoiser(network, EDMPreconditioning(sigma_data), [dimension], "mlp-denoiser")
 
 
+def affine(*, dimension: int = 1, shift: float = 0.0, scale: float = 1.0) -> Denoiser:
+    """shift + scale x: as a one-step generator from unit noise, a Gaussian whose density is known."""
+    preconditioning = MatchedPreconditioning(VE(), "x0")  # the bare network
+    return Denoiser(PointAffine(dimension, shift, scale), preconditioning, [dimension], "affine")
+
+
+def exact_mixture(*, mixture: GaussianMixture) -> MixtureDenoiser:
+    """The data source's own density as a teacher that needs no training."""
+    return MixtureDenoiser(mixture)
+
+
 def dit_tiny(
     *,
     channels: int,
@@ -643,5 +693,7 @@ Denoiser.PACKAGED = {
     "unet-small": unet_small,
     "unet-tiny": unet_tiny,
     "mlp-denoiser": mlp_denoiser,
+    "affine": affine,
+    "exact-mixture": exact_mixture,
     "dit-tiny": dit_tiny,
 }
