@@ -280,6 +280,6 @@ def test_a_column_lines_up():
 
 
 def test_sizes_and_durations():
-    assert [numbers.size(n) for n in (5, 2048, 1536 * 1024, 200 * 1024)] == ["5 bytes", "2.0 KiB", "1.5 MiB", "200 KiB"]
+    assert [numbers.size(n) for n in (1000, 2048, 1536 * 1024, 200 * 1024)] == ["1000 bytes", "2.0 KiB", "1.5 MiB", "200 KiB"]
     assert [numbers.duration(s) for s in (3.21, 75, 3720)] == ["3.2 s", "1 min 15 s", "1 h 2 min"]
     assert [numbers.signed(v) for v in (0.5, -0.5, 0.0)] == ["+0.5000", "−0.5000", "0"]
