@@ -90,9 +90,10 @@ class Denoiser(_Denoising):
     """
 
     PACKAGED: ClassVar[dict[str, Callable[..., "Denoiser | MixtureDenoiser"]]] = {}
+    network: Any  # a diffusers model, or a network for points
 
     def __init__(
-        self, network: nn.Module, preconditioning: Preconditioning, shape: Sequence[int], name: str = "denoiser"
+        self, network: Any, preconditioning: Preconditioning, shape: Sequence[int], name: str = "denoiser"
     ) -> None:
         super().__init__()
         self.network = network
@@ -318,12 +319,13 @@ def scheduler_preconditioning(config: Mapping[str, Any], where: str = "scheduler
     return MatchedPreconditioning(table, prediction)
 
 
-def _network(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, pretrained: bool) -> nn.Module:
+def _network(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, pretrained: bool) -> Any:
     name = str(config.get("_class_name", ""))
-    if name in ("PointMLP", "PointAffine"):
-        return {"PointMLP": PointMLP, "PointAffine": PointAffine}[name].from_pretrained(folder, pretrained).to(dtype)
+    own: dict[str, type[_PointNetwork]] = {"PointMLP": PointMLP, "PointAffine": PointAffine}
+    if name in own:
+        return own[name].from_pretrained(folder, pretrained).to(dtype)
     diffusers = require("diffusers", "diffusion")
-    cls = getattr(diffusers, name, None) if name else None
+    cls: Any = getattr(diffusers, name, None) if name else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise ModelError(f"{folder / 'config.json'} names the class {name or 'none'}, which is no diffusers model.")
     if not pretrained:
@@ -407,7 +409,7 @@ class PointMLP(_PointNetwork):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        angle = timestep[:, None] * self.frequencies
+        angle = timestep[:, None] * self.get_buffer("frequencies")
         level = self.embed(torch.cat([angle.sin(), angle.cos()], -1))
         if self.class_embedding is not None:
             level = level + self.class_embedding(class_labels)

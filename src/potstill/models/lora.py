@@ -1,6 +1,7 @@
 """Low-rank adapters inside a network of any kind, through peft."""
 
 import copy
+from typing import Any
 
 from torch import nn
 
@@ -8,7 +9,7 @@ from potstill.contracts.errors import ModelError
 from potstill.models.spec import LoraSpec
 
 
-def add_lora(network: nn.Module, lora: LoraSpec, name: str) -> None:
+def add_lora(network: Any, lora: LoraSpec, name: str) -> None:
     """Freeze the weights and add adapters in place."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -17,7 +18,8 @@ def add_lora(network: nn.Module, lora: LoraSpec, name: str) -> None:
     every = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and m is not output]
     linear = sorted({name.rpartition(".")[2] for name in every})
     targets = every if lora.targets == "all-linear" else lora.targets
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    options: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.alpha}
+    config = LoraConfig(**options, lora_dropout=lora.dropout, target_modules=targets)
     try:
         inject_adapter_in_model(config, network)
     except ValueError as cause:
@@ -28,7 +30,7 @@ def add_lora(network: nn.Module, lora: LoraSpec, name: str) -> None:
         weight.requires_grad_("lora_" in parameter)
 
 
-def merged(network: nn.Module) -> nn.Module:
+def merged(network: Any) -> Any:
     """The network with its adapters added into the weights: a copy, or the network itself where it has none."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -39,6 +39,7 @@ class MaskedLM(nn.Module):
 
     kind: ClassVar[str] = "masked_lm"
     PACKAGED: ClassVar[dict[str, Callable[..., "MaskedLM"]]] = {}
+    network: Any  # a transformers PreTrainedModel
 
     def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
         super().__init__()
