@@ -180,14 +180,12 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="the whole list
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="a method, or `models`")]) -> None:
-    """A method's paper, equations, options with defaults, parts, claim and verdict."""
-    from potstill.show import show_method, show_models
+def show(name: Annotated[str, typer.Argument(help="a method, `models` or `parts`")]) -> None:
+    """A method's paper, equations, options with defaults, parts, claim and verdict; or what there is to choose from."""
+    from potstill.show import show_method, show_models, show_parts
 
-    if name == "models":
-        show_models()
-    else:
-        show_method(name)
+    lists = {"models": show_models, "parts": show_parts}
+    lists[name]() if name in lists else show_method(name)
 
 
 @app.command()
