@@ -50,7 +50,7 @@ def generate_run(
         if isinstance(made, list):
             print("\n\n".join(made))
             return made
-        from potstill.report.pictures import save_grid
+        from potstill.evaluation.pictures import save_grid
 
         target = output or folder / "samples.png"
         if output is not None and output.exists():
