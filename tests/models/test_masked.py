@@ -42,6 +42,9 @@ def build(kind: str) -> MaskedLM:
     elif kind == "modernbert":
         config = ModernBertConfig(vocab_size=size, **COMMON, **spare, cls_token_id=1, sep_token_id=2)
         model = MaskedLM(ModernBertForMaskedLM(config), tokenizer())
+    elif kind == "gpt2":  # learned positions, so they must not count the padding
+        config = GPT2Config(vocab_size=size, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5)
+        model = MaskedLM(GPT2LMHeadModel(config), tokenizer())
     elif kind == "llama":
         config = LlamaConfig(vocab_size=size - 1, num_key_value_heads=1, **COMMON, **spare)
         model = MaskedLM(LlamaForCausalLM(config), tokenizer(mask=False))
@@ -51,7 +54,7 @@ def build(kind: str) -> MaskedLM:
     return model.eval()
 
 
-KINDS = ["bert", "roberta", "modernbert", "llama", "qwen3"]
+KINDS = ["bert", "roberta", "modernbert", "llama", "qwen3", "gpt2"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,6 +68,7 @@ def test_every_position_sees_every_other_and_no_padding(kind):
         other[:, changed] = model.mask_id
         moved = (model.logits(other) - logits).abs().amax((0, 2)) > 0
         assert moved.all()
+    assert model.logits(tokens, torch.zeros(2, 4, dtype=torch.bool)).isfinite().all()  # nothing but padding
     for side in ("left", "right"):
         pad = torch.full((2, 3), 10)
         no = torch.zeros(2, 3, dtype=torch.bool)

@@ -326,7 +326,8 @@ def _network(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, pretra
         return own[name].from_pretrained(folder, pretrained).to(dtype)
     diffusers = require("diffusers", "diffusion")
     cls: Any = getattr(diffusers, name, None) if name else None
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+    is_model: bool = inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)
+    if not is_model:
         raise ModelError(f"{folder / 'config.json'} names the class {name or 'none'}, which is no diffusers model.")
     if not pretrained:
         return cls.from_config(dict(config)).to(dtype)

@@ -106,11 +106,11 @@ class MaskedLM(nn.Module):
         attention_BL = attention_BL.bool()
         if not self._decoder:
             return {"attention_mask": attention_BL.long()}
-        # rows of padding see everything, or their softmax would be NaN; columns of padding are hidden from real rows
-        seen_BLL = attention_BL[:, None, :] | ~attention_BL[:, :, None]
         dtype = self.network.get_input_embeddings().weight.dtype
-        bias_B1LL = torch.zeros(seen_BLL.shape, dtype=dtype, device=tokens_BL.device)
-        bias_B1LL = bias_B1LL.masked_fill(~seen_BLL, torch.finfo(dtype).min)[:, None]
+        bias_BL = torch.zeros(attention_BL.shape, dtype=dtype, device=tokens_BL.device)
+        # the lowest finite number, not -inf: a row of nothing but padding must not become NaN
+        bias_BL = bias_BL.masked_fill(~attention_BL, torch.finfo(dtype).min)
+        bias_B1LL = bias_BL[:, None, None, :].expand(-1, 1, tokens_BL.shape[1], -1)
         position_BL = (attention_BL.long().cumsum(1) - 1).clamp_min(0)
         return {"attention_mask": bias_B1LL, "position_ids": position_BL, "use_cache": False}
 
