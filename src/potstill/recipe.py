@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from potstill.catalogue import HERE, load_method
 from potstill.contracts.errors import RecipeError, did_you_mean
 from potstill.methods import Method
 from potstill.models.spec import ModelSpec
 from potstill.run import EvalSpec, Plan
-from potstill.tasks.sources import DataSpec, parse
+from potstill.tasks.sources import parse, validate
 from potstill.training.spec import TrainSpec
 
 SECTIONS = ("method", "data", "train", "eval", "output")
@@ -98,17 +98,13 @@ def resolve(raw: Mapping[str, Any], where: str = "recipe") -> Plan:
     models = {role: _model(raw[role], role, method, where) for role in method.roles if raw.get(role) is not None}
     if "data" not in raw:
         raise RecipeError(f"{where}: data is missing. {method.name} takes {' or '.join(method.data)}.")
-    data = parse(raw["data"]) if isinstance(raw["data"], str) else raw["data"]
-    try:
-        data = TypeAdapter(DataSpec).validate_python(data)
-    except ValidationError as error:
-        raise RecipeError(_sentence(error, f"{where}: data", None)) from None
+    data = validate(raw["data"])
     train = _validate(TrainSpec, raw.get("train") or {}, f"{where}: train")
     evaluation = _validate(EvalSpec, raw.get("eval") or {}, f"{where}: eval")
     written = {
         "method": {"name": method.name, **config.model_dump(mode="json")},
         **{role: _dump(spec) for role, spec in models.items()},
-        "data": data.model_dump(mode="json", exclude_defaults=True, by_alias=True),
+        "data": {"task": data.task} | _dump(data) if data.tag == "task" else _dump(data),
         "train": train.model_dump(mode="json"),
         "eval": evaluation.model_dump(mode="json"),
     }
@@ -124,7 +120,7 @@ def _model(value: Any, role: str, method: Method, where: str) -> ModelSpec | lis
     return specs if many else specs[0]
 
 
-def _dump(spec: ModelSpec | list[ModelSpec]) -> Any:
+def _dump(spec: Any) -> Any:
     if isinstance(spec, list):
         return [_dump(s) for s in spec]
     return spec.model_dump(mode="json", exclude_defaults=True, by_alias=True)
