@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -16,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from potstill.assets import cache_dir, locked
+from potstill.assets import cache_dir, lock
 from potstill.contracts import keyed
 from potstill.contracts.errors import DataError, RecipeError, RunError
 from potstill.contracts.players import Objective
@@ -315,7 +316,8 @@ def trained(
     cls: Any = adapter(kind)
     train = TrainSpec(**settings)
     world = accelerator(train)
-    with locked(folder, world.is_main_process):
+    with lock(folder) if world.is_main_process else nullcontext():
+        world.wait_for_everyone()  # until the first process has the lock, so that all see the same folder
         if not (folder / "potstill-identity.json").is_file():
             dataset = source.train
             if kind in ("causal_lm", "masked_lm"):
