@@ -178,6 +178,8 @@ def test_torchrun_with_two_processes_gives_the_losses_of_one(tmp_path):
 def test_learning_rate_schedules():
     cosine = OptimizerSpec(lr=1.0, schedule="cosine", warmup=2, end=0.1)
     assert [learning_rate(cosine, u, 12) for u in (0, 1, 2, 7, 12)] == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
+    stretched = OptimizerSpec(lr=1.0, schedule="cosine", stretch=2)
+    assert [learning_rate(stretched, u, 10) for u in (0, 10)] == pytest.approx([1.0, 0.5])
     linear = OptimizerSpec(lr=2.0, schedule="linear")
     assert learning_rate(linear, 5, 10) == 1.0 and learning_rate(OptimizerSpec(lr=3.0), 999, 10) == 3.0
 

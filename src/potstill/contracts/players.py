@@ -24,6 +24,7 @@ class OptimizerSpec(Spec):
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup: int = Field(0, ge=0)  # updates of linear warm-up
     end: float = Field(0.0, ge=0, le=1)  # share of lr left at the end of the schedule
+    stretch: float = Field(1.0, ge=1)  # the schedule is cut off after 1 / stretch of its course
     clip: float | None = Field(None, gt=0)  # gradient norm; None leaves it alone
 
 

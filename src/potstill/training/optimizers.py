@@ -34,6 +34,6 @@ def learning_rate(spec: OptimizerSpec, update: int, updates: int) -> float:
         return spec.lr * (update + 1) / spec.warmup
     if spec.schedule == "constant":
         return spec.lr
-    progress = min(1.0, (update - spec.warmup) / max(1, updates - spec.warmup))
+    progress = min(1.0, (update - spec.warmup) / max(1, updates - spec.warmup)) / spec.stretch
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if spec.schedule == "cosine" else 1 - progress
     return spec.lr * (spec.end + (1 - spec.end) * shape)

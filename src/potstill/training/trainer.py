@@ -7,6 +7,7 @@ divides every term by its count over micro-batches and ranks, and moves.
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,21 @@ from potstill.training.spec import TrainSpec
 from potstill.training.tracking import Journal
 
 CHECKPOINT_SECONDS = 60.0
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed: int, stage: str, size: int, epoch: int) -> Tensor:
+    return keyed.permutation(keyed.key(seed, "order", stage, epoch), size)
+
+
+def data_order(seed: int, stage: str, size: int, position: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, epochs) of the samples at these places of a stage's endless stream: each epoch a permutation of its own."""
+    epoch = position // size
+    rows = torch.empty_like(position)
+    for e in epoch.unique().tolist():
+        here = epoch == e
+        rows[here] = _epoch_order(seed, stage, size, e)[position[here] % size]
+    return rows, epoch
 
 
 class Trainer:
@@ -65,26 +81,8 @@ class Trainer:
     def rows(self, size: int, step: int) -> list[tuple[Tensor, Tensor]]:
         """(rows, epochs) of this process's micro-batches at a step: a function of seed and step alone."""
         first = step * self.spec.batch + self.rank * self.pieces * self.micro
-        pieces = []
-        for piece in range(self.pieces):
-            start = first + piece * self.micro
-            position = torch.arange(start, start + self.micro)
-            epoch = position // size
-            rows = torch.empty_like(position)
-            for e in epoch.unique().tolist():
-                here = epoch == e
-                rows[here] = self._order(size, e)[position[here] % size]
-            pieces.append((rows, epoch))
-        return pieces
-
-    def _order(self, size: int, epoch: int) -> Tensor:
-        cached = getattr(self, "_orders", {})
-        if (size, epoch) not in cached:
-            cached = {(size, epoch): keyed.permutation(keyed.key(self.spec.seed, "order", self.stage, epoch), size)} | {
-                k: v for k, v in cached.items() if k[1] == epoch - 1
-            }
-            self._orders = cached
-        return cached[size, epoch]
+        position = torch.arange(first, first + self.pieces * self.micro)
+        return [data_order(self.spec.seed, self.stage, size, piece) for piece in position.split(self.micro)]
 
     # ---------------------------------------------------------------- the loop
 
