@@ -112,10 +112,11 @@ def field_comments(config: type) -> dict[str, str]:
         source = textwrap.dedent(inspect.getsource(cls))
         fields = [n for n in ast.parse(source).body[0].body if isinstance(n, ast.AnnAssign)]  # type: ignore[attr-defined]
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type == tokenize.COMMENT and not token.string.startswith(("# type:", "# fmt:", "# noqa")):
-                text = token.string.removeprefix("#").partition("# type:")[0].strip()
+            if token.type == tokenize.COMMENT:
+                said = [part.strip() for part in token.string.split("#")]
+                text = " ".join(part for part in said if part and not part.startswith(("type:", "fmt:", "noqa")))
                 for field in fields:
-                    if field.lineno <= token.start[0] <= (field.end_lineno or field.lineno):
+                    if text and field.lineno <= token.start[0] <= (field.end_lineno or field.lineno):
                         name = field.target.id  # type: ignore[union-attr]
                         found[name] = f"{found[name]} {text}" if name in found else text
     return found
@@ -159,7 +160,7 @@ def _claim(out: Console, system: System) -> None:
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 130, highlight=False)
 
 
 def _heading(out: Console, text: str) -> None:

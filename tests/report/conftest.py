@@ -227,3 +227,39 @@ def finished_run(tmp_path):
 @pytest.fixture
 def unfinished_run(tmp_path):
     return make_run(tmp_path / "unfinished", finished=False)
+
+
+CLAIM = {
+    "method": "gkd",
+    "source": "section 4",
+    "statement": "Sampling from the student beats the data's text.",
+    "recipe": "gkd",
+    "arms": {"own": {"method.on_policy": 1.0}, "given": {"method.on_policy": 0.0}},
+    "seeds": [0, 1, 2],
+    "comparisons": [{"metric": "reverse_kl", "better": "own", "worse": "given", "higher_is_better": False}],
+}
+
+
+@pytest.fixture
+def claims(tmp_path, monkeypatch):
+    """A claim of gkd's in the place of the packaged ones; returns a function that records an outcome for it."""
+    from potstill import catalogue, verify
+
+    catalogue.systems()
+    here = tmp_path / "package"
+    (here / "claims").mkdir(parents=True)
+    for part in ("methods", "recipes"):
+        (here / part).symlink_to(catalogue.HERE / part)
+    (here / "claims" / "gkd.yaml").write_text(yaml.safe_dump(CLAIM))
+    monkeypatch.setattr(catalogue, "HERE", here)
+    monkeypatch.setattr(verify, "HERE", here)
+
+    def record(differences):
+        row = verify.judge(differences, [0.0] * len(differences), verify.Comparison(**CLAIM["comparisons"][0]))
+        comparisons = [{**CLAIM["comparisons"][0], "reference": None, **row}]
+        write(
+            here / "claims" / "gkd.result.json",
+            {"verdict": row["verdict"], "comparisons": comparisons, "seeds": [0, 1, 2]},
+        )
+
+    return record

@@ -78,6 +78,9 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+SMALL = {"train.steps": 2, "train.batch": 4, "train.trackers": [], "data.length": 48, "data.prompt_length": 16}
+
+
 def python_block(mark):
     (block,) = [b for b in blocks("python") if mark in b]
     return block
@@ -94,19 +97,12 @@ def test_the_objective_in_an_own_loop_learns(workplace):
 
 
 def test_the_recipe_runs_from_python(workplace):
+    from potstill import recipe
+
     (text,) = blocks("yaml")
-    recipe = yaml.safe_load(text)
-    recipe["train"] |= {"steps": 2, "trackers": []}
-    recipe["data"] = {**_parsed(recipe["data"]), "length": 48, "prompt_length": 16}
-    (workplace / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    (workplace / "mine.yaml").write_text(yaml.safe_dump(recipe.apply(yaml.safe_load(text), SMALL)))
     exec(python_block("recipe.resolve"), {})
     assert (workplace / "runs" / "mine-1" / "result.json").is_file()
-
-
-def _parsed(data):
-    from potstill.tasks.sources import parse
-
-    return parse(data)
 
 
 def test_the_new_method_registers_and_runs(workplace, monkeypatch):
@@ -123,8 +119,7 @@ def test_the_new_method_registers_and_runs(workplace, monkeypatch):
         "method": {"name": "early_tokens", "gamma": 1.0, "rollouts": {"max_new_tokens": 4}},
         "teacher": "models/teacher",
         "student": {"from": "teacher", "layers": 1},
-        "data": {**_parsed("jsonl:notes.jsonl"), "length": 48, "prompt_length": 16},
-        "train": {"steps": 2, "batch": 4, "trackers": []},
+        "data": "jsonl:notes.jsonl",
     }
-    result = Run(recipe.resolve(raw), workplace / "early").execute()
+    result = Run(recipe.resolve(recipe.apply(raw, SMALL)), workplace / "early").execute()
     assert result.metrics and (workplace / "early" / "metrics.jsonl").read_text().count("\n") == 2

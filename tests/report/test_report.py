@@ -280,6 +280,27 @@ def test_a_column_lines_up():
 
 
 def test_sizes_and_durations():
-    assert [numbers.size(n) for n in (1000, 2048, 1536 * 1024, 200 * 1024)] == ["1000 bytes", "2.0 KiB", "1.5 MiB", "200 KiB"]
+    assert [numbers.size(n) for n in (1000, 2048, 1536 * 1024, 200 * 1024)] == [
+        "1000 bytes",
+        "2.0 KiB",
+        "1.5 MiB",
+        "200 KiB",
+    ]
     assert [numbers.duration(s) for s in (3.21, 75, 3720)] == ["3.2 s", "1 min 15 s", "1 h 2 min"]
     assert [numbers.signed(v) for v in (0.5, -0.5, 0.0)] == ["+0.5000", "−0.5000", "0"]
+
+
+def test_the_claim_and_its_verdict(tmp_path, claims):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("method: {name: gkd}\ndata: tiny\n")
+    assert "Not verified yet: potstill verify gkd" in Page(build_report(run).read_text()).text
+    claims([-0.3, -0.2, -0.25])
+    text = Page(build_report(run).read_text()).text
+    assert "Sampling from the student beats the data's text." in text and "section 4" in text
+    assert "reproduced. It comes from runs of its own, not from this one." in text
+    assert "own over given reverse KL +0.2500 +0.1258 to +0.3742 3 reproduced" in re.sub(r"\s+", " ", _cells(run))
+
+
+def _cells(run):
+    return re.sub(r"<[^>]+>", " ", (run / "report.html").read_text())
