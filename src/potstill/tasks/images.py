@@ -21,6 +21,7 @@ from potstill.contracts.errors import DataError, require
 from potstill.tasks.base import Images, Source
 
 MODELS = {"teacher": {"name": "resnet-m"}, "student": {"name": "resnet-xs"}}
+DENOISER = {"steps": 1000, "batch": 64, "lr": 2e-3, "schedule": "cosine", "warmup": 50, "clip": 1.0}  # as a teacher
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
@@ -191,7 +192,7 @@ def fashion_mnist(
         imbalance=imbalance,
         per_class=per_class,
         augment=PadCropFlip() if augment else None,
-        teacher={"steps": 800, "batch": 128, "lr": 2e-3},
+        teacher={"steps": 800, "batch": 128, "lr": 2e-3, "denoiser": DENOISER | {"steps": 2000}},
     )
 
 
@@ -218,7 +219,7 @@ def mnist5k(
         imbalance=imbalance,
         per_class=per_class,
         augment=PadCropFlip(flip=False) if augment else None,  # a mirrored digit is no digit
-        teacher={"steps": 400, "batch": 64, "lr": 2e-3},
+        teacher={"steps": 400, "batch": 64, "lr": 2e-3, "denoiser": DENOISER},
     )
 
 
@@ -245,7 +246,7 @@ def digits(
         imbalance=imbalance,
         per_class=per_class,
         augment=PadCropFlip(pad=1, flip=False) if augment else None,
-        teacher={"steps": 300, "batch": 64, "lr": 2e-3},
+        teacher={"steps": 300, "batch": 64, "lr": 2e-3, "denoiser": DENOISER},
     )
 
 
@@ -293,7 +294,7 @@ def imagefolder(
         imbalance=None,
         per_class=None,
         augment=PadCropFlip(pad=max(1, side // 8)) if augment else None,
-        teacher={"steps": 800, "batch": 64, "lr": 2e-3},
+        teacher={"steps": 800, "batch": 64, "lr": 2e-3, "denoiser": DENOISER | {"steps": 2000}},
     )
 
 
@@ -385,5 +386,5 @@ def image_rows(name: str, splits: dict[str, Any], size: int | None, side: int, c
         imbalance=None,
         per_class=None,
         augment=PadCropFlip(pad=max(1, side // 8)) if augment else None,
-        teacher={"steps": 800, "batch": 64, "lr": 2e-3},
+        teacher={"steps": 800, "batch": 64, "lr": 2e-3, "denoiser": DENOISER | {"steps": 2000}},
     )
