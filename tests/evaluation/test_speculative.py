@@ -22,6 +22,7 @@ from potstill.evaluation.speculative import (
     theorem_bound,
     token_tvd,
 )
+from potstill.rollouts.local import sample
 from potstill.rollouts.speculative import speculative_generate
 
 
@@ -173,6 +174,11 @@ def test_analytic_acceptance_agrees_with_decoding():
     empirical, between = sum(sum(run.accepted) for run in runs) / tests, found["acceptance_target_texts"]
     # tests are not a fair sample of positions (a rejection skips the rest of its block), so near, not equal
     assert abs(empirical - between) < 5 * math.sqrt(between * (1 - between) / tests) + 0.03
+    options = {"max_new_tokens": 8, "samples_per_prompt": 30}
+    for name, model in (("acceptance_target_texts", target), ("acceptance_draft_texts", draft)):
+        texts = sample(model, prompts_of(rows), **options)
+        tvd = token_tvd(target, draft, texts)
+        assert found[name] == pytest.approx(1 - tvd[texts.counted_BT].mean().item(), abs=1e-5)
     perfect = analytic_acceptance(target, target, [prompts_of(rows)], max_new_tokens=4)
     assert perfect == pytest.approx({name: 0.0 if name == "draft_tvd" else 1.0 for name in perfect}, abs=1e-6)
     with pytest.raises(DataError, match="no prompt"):
@@ -203,19 +209,19 @@ def test_transformers_assisted_generation_is_a_second_witness():
     """A perfect draft gives gamma + 1 tokens a call there too, and greedy blocks are as long as ours."""
     target = model_of(seed=4)
     target.network.generation_config.eos_token_id = None
-    perfect = assisted_generation(target, near(target, 0.0), [[2, 3]], gamma=3, max_new_tokens=16)
+    perfect = assisted_generation(target, near(target, 0.0), [[2, 3]], gamma=3, max_new_tokens=24)
     assert perfect["block_efficiency"] == 4.0
     draft = near(target)
-    theirs = assisted_generation(target, draft, [[2, 3], [4]], gamma=3, max_new_tokens=16)
+    theirs = assisted_generation(target, draft, [[2, 3], [4]], gamma=3, max_new_tokens=24)
     ours = [
-        speculative_generate(target, draft, p, gamma=3, max_new_tokens=16, greedy=True, stop_ids=())
+        speculative_generate(target, draft, p, gamma=3, max_new_tokens=24, greedy=True, stop_ids=())
         for p in ([2, 3], [4])
     ]
-    assert theirs["tokens"] == 32
-    assert theirs["block_efficiency"] == pytest.approx(32 / sum(run.target_calls for run in ours))
+    assert theirs["tokens"] == 48
+    assert theirs["block_efficiency"] == pytest.approx(48 / sum(run.target_calls for run in ours))
     assert theirs["block_efficiency"] < 4
     assert draft.network.generation_config.num_assistant_tokens != 3  # as it was
-    sampled = assisted_generation(target, draft, [[2, 3]], gamma=3, max_new_tokens=16, greedy=False)
+    sampled = assisted_generation(target, draft, [[2, 3]], gamma=3, max_new_tokens=24, greedy=False)
     assert 1 <= sampled["block_efficiency"] <= 4
     with pytest.raises(ModelError, match="different tokenizers"):
         assisted_generation(target, model_of(vocabulary=13), [[2]], max_new_tokens=4)

@@ -43,7 +43,8 @@ def test_final_number(text, number):
 
 def test_numeric_answer():
     rows = [{"answer": "1,000"}] * 4
-    assert NumericAnswer()(rows, ["1000.0", "about 1001", "", "so 10^3 is 1e3"]).tolist() == [1, 0, 0, 1]
+    assert NumericAnswer()(rows, ["1000.0", "about 1001", "999", "so 10^3 is 1e3"]).tolist() == [1, 0, 0, 1]
+    assert NumericAnswer()(rows[:2], ["", "none"]).tolist() == [0, 0]
     assert NumericAnswer(tolerance=0.01)(rows[:2], ["1001", "1011"]).tolist() == [1, 0]
     with pytest.raises(DataError, match="holds no number; use ExactMatch"):
         NumericAnswer()([{"answer": "yes"}], ["1"])

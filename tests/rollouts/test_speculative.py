@@ -139,6 +139,16 @@ def test_output_is_distributed_as_the_target_alone(gamma):
     assert len(big) > 8
 
 
+def test_the_token_after_a_rejection_is_drawn_afresh():
+    """Noise shared with the rejected draw would bend the residual law: here word 1 just lost to word 0."""
+    p, q, n = torch.tensor([0.0, 0.6, 0.4]).double(), torch.tensor([0.5, 0.45, 0.05]).double(), 600
+    target, draft = Table(p.expand(3, 3)), Table(q.expand(3, 3))
+    options = {"gamma": 1, "max_new_tokens": 2, "cached": False}
+    firsts = [speculative_generate(target, draft, [0], sample_id=i, **options).tokens[0] for i in range(n)]
+    assert 0 not in firsts
+    assert stats.binomtest(firsts.count(1), n, 0.6).pvalue > 1e-3
+
+
 def test_lenient_output_follows_its_law():
     p, q, n, lenient = laws(4, 4, 4), laws(6, 4, 4), 800, Lenience("f_exp", 0.4)
     target, draft = Table(p), Table(q)

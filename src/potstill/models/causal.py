@@ -198,8 +198,6 @@ class CausalLM(nn.Module):
                 f"{self.name}: lora.targets {lora.targets} fit no layer. Write all-linear, or some of: "
                 f"{', '.join(linear)}."
             ) from cause
-        for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_("lora_" in name)
         return self
 
     def merged(self) -> PreTrainedModel:
