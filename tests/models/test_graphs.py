@@ -102,6 +102,7 @@ def test_fresh_weights_are_a_function_of_the_seed():
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
     assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.fresh(1, classes=5).config == model.config | {"classes": 5}
 
 
 def test_bad_input(tmp_path):

@@ -156,11 +156,11 @@ class GraphClassifier(nn.Module):
     def forward(self, data: Any) -> Tensor:
         return self.linear(self.readout(data))
 
-    def fresh(self, seed: int) -> Self:
-        """The same architecture with new weights, a function of the seed alone."""
+    def fresh(self, seed: int, **changes: Any) -> Self:
+        """The same architecture with new weights, a function of the seed alone; `changes` are of its options."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed & (2**63 - 1))
-            return type(self)(**self.config)
+            return type(self)(**{**self.config, **changes})
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, pretrained: bool = True) -> Self:

@@ -3,14 +3,17 @@
 import itertools
 import json
 import random
+import shutil
+import sys
 from collections import Counter
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from potstill.contracts.errors import DataError
-from potstill.evaluation.graphs import collate, drawn
+from potstill import recipe
+from potstill.contracts.errors import DataError, RecipeError
+from potstill.evaluation.graphs import collate, drawn, judged
 from potstill.methods.graphs.mirage import (
     Forest,
     Itemset,
@@ -24,6 +27,7 @@ from potstill.methods.graphs.mirage import (
     herded,
     load_distilled,
     mine,
+    narrowed,
     search,
     split,
     stored_graphs,
@@ -32,6 +36,7 @@ from potstill.methods.graphs.mirage import (
     taken,
 )
 from potstill.models.graphs import GraphClassifier
+from potstill.run import Run
 
 pyg = pytest.importorskip("torch_geometric.data")
 
@@ -421,7 +426,97 @@ def test_baselines_are_real_graphs_of_every_class():
         assert stored_graphs(chosen).numbers >= 4 * one
 
 
+def test_narrowed_graphs_keep_one_label_column():
+    graph = random_graph(0)
+    (narrow,) = narrowed([graph])
+    assert torch.equal(narrow.x, graph.x[:, :1])
+    assert torch.equal(narrow.edge_index, graph.edge_index)
+    plain = random_graph(0, edge_labels=0)
+    assert narrowed([plain])[0].edge_attr is None
+
+
 def test_the_best_by_validation_are_reported():
     runs = [{"validation_auc": v, "test_auc": t} for v, t in ((0.5, 1.0), (0.9, 0.6), (0.7, 0.8))]
     report = best_of(runs, 2)
     assert report == pytest.approx({"test_auc": 0.7, "test_auc_std": 0.1, "validation_auc": 0.8})
+
+
+# --- the whole method --------------------------------------------------------
+
+
+def run_of(folder, **overrides):
+    raw = {
+        "method": {"name": "mirage", "depth": 2, "repeats": 2, "keep": 1},
+        "judge": {"name": "gin", "options": {"width": 16, "layers": 2}},
+        "data": {"task": "synthetic_rings", "size": 40, "test_size": 20},
+        "train": {"steps": 60, "batch": 16, "lr": 0.01, "optimizer": "adam", "trackers": []},
+    }
+    return Run(recipe.resolve(recipe.apply(raw, overrides)), folder)
+
+
+def test_from_recipe_to_folder(tmp_path):
+    gat = [{"name": "gat", "options": {"width": 8, "layers": 2}}]
+    whole = run_of(tmp_path / "a", committee=gat).execute()
+    loaded = load_distilled(tmp_path / "a" / "student")
+    assert len(loaded) == whole.metrics["graphs"]
+    assert whole.metrics["test_auc"] > 0.9
+    assert {"test_auc_gat", "validation_auc"} <= set(whole.metrics)
+    assert whole.metrics["threshold_0"] == 4  # a quarter of the 16 of 20 graphs that are not held out
+    description = json.loads((tmp_path / "a" / "student" / "description.json").read_text())
+    assert [int(g.support) for g in loaded] == [row["support"] for row in description["itemsets"]]
+    shutil.rmtree(tmp_path / "a" / "stages" / "judge-judge-1")  # as if it had been killed there
+    assert run_of(tmp_path / "a", committee=gat).execute().metrics == whole.metrics
+
+
+def test_baselines_and_options_through_the_recipe(tmp_path):
+    full = run_of(tmp_path / "full", **{"method.subset": "full"}).execute().metrics
+    assert (full["graphs"], full["stored_numbers"]) == (32, full["full_numbers"])
+    chosen = run_of(tmp_path / "herding", **{"method.subset": "herding"}).execute().metrics
+    mirage = run_of(tmp_path / "m", **{"method.sampling": "uniform", "method.labels": "first"}).execute().metrics
+    assert mirage["stored_numbers"] <= chosen["stored_numbers"] < full["stored_numbers"]
+    searched = {"method.thresholds": [99, 99], "method.step": 47, "method.steps": 3}
+    assert run_of(tmp_path / "s", **searched).execute().metrics["threshold_1"] == 5
+    assert not list((tmp_path / "s" / "stages").glob("judge-search*"))  # only one candidate could be mined
+
+
+def test_what_judges_are_given(tmp_path, monkeypatch):
+    """Weights are the supports only for Mirage's own set sampled so; every judge has a seed and a start of its own."""
+    module, seen = sys.modules[Forest.__module__], []
+
+    def spy(judge, items, **options):
+        seen.append((judge, items, options))
+        return judged(judge, items, **options)
+
+    monkeypatch.setattr(module, "judged", spy)
+    run_of(tmp_path / "a", **{"train.steps": 2, "train.weight_decay": 0.3}).execute()
+    for judge, items, options in seen:
+        assert options["weights"].tolist() == [int(item.support) for item in items]
+        assert options["optimizer"].param_groups[0]["weight_decay"] == 0.3
+        assert not set(map(id, options["validation"])) & set(map(id, options["test"]))
+        assert judge.config["width"] == 16
+    assert len({options["seed"] for *_, options in seen}) == len(seen) == 2
+    seen.clear()
+    run_of(tmp_path / "b", **{"train.steps": 2, "method.sampling": "uniform"}).execute()
+    run_of(tmp_path / "c", **{"train.steps": 2, "method.subset": "random"}).execute()
+    assert [options["weights"] for *_, options in seen] == [None] * 4
+
+
+def test_first_labels_narrow_graphs_and_judges_alike(tmp_path, monkeypatch):
+    run = run_of(tmp_path, **{"train.steps": 2, "method.labels": "first"})
+    for graph in [*run.source.train, *run.source.test]:
+        monkeypatch.setattr(
+            graph, "x", torch.cat([graph.x, torch.arange(len(graph.x))[:, None]], 1)
+        )  # all atoms differ
+    monkeypatch.setitem(run.source.context, "node_labels", [5, 99])
+    assert run.model("judge").config["node_labels"] == [5, 99]
+    run.execute()
+    assert load_distilled(tmp_path / "student")[0].x.shape[1] == 1
+
+
+def test_the_recipe_refuses(tmp_path):
+    with pytest.raises(DataError, match=r"the largest support is \d+. Lower method.thresholds"):
+        run_of(tmp_path, **{"method.thresholds": [99, 99]}).execute()
+    with pytest.raises(DataError, match="Class 2 has no training graphs"):
+        run_of(tmp_path, **{"judge.options.classes": 3}).execute()
+    with pytest.raises(RecipeError, match="constant, unclipped rate"):
+        run_of(tmp_path, **{"train.schedule": "cosine"}).execute()

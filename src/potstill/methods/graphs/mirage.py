@@ -375,7 +375,7 @@ def load_distilled(folder: str | Path) -> list[Any]:
 def herded(counts: csr_matrix) -> list[int]:
     """Rows by herding (Welling 2009): each row keeps the mean of the chosen near the mean of all; unit norms."""
     norms = np.sqrt(np.asarray(counts.multiply(counts).sum(1)).ravel())
-    rows = counts.multiply(1 / norms[:, None]).tocsr()
+    rows = counts.multiply(1 / np.maximum(norms, 1e-12)[:, None]).tocsr()  # a graph without nodes is a row of zeros
     mean = np.asarray(rows.mean(0)).ravel()
     score, free, order = rows @ mean, np.ones(len(norms), dtype=bool), []
     weight = score.copy()
@@ -398,6 +398,7 @@ def taken(orders: Sequence[Sequence[int]], graphs: Sequence[Any], numbers: int) 
 
 class Mirage(MethodConfig):
     subset: Literal["mirage", "random", "herding", "full"] = "mirage"  # what judges train on; the others are baselines
+    labels: Literal["all", "first"] = "all"  # label columns of nodes and edges that trees and judges see
     depth: int = 3  # L, the hops of a tree: as many as the judge has layers
     thresholds: float | list[int] = (
         0.25  # theta, graphs of each class that must contain a set, or one share of every class
@@ -442,6 +443,16 @@ class Mirage(MethodConfig):
                 for i in range(self.steps)
             ]
         return [row for i, row in enumerate(rows) if i == 0 or min(row) >= 1]
+
+
+def narrowed(graphs: Sequence[Any]) -> list[Any]:
+    """The graphs with the first label column of nodes and edges alone: the kind of atom and of bond, for molecules."""
+    make = require("torch_geometric.data", "graphs").Data
+
+    def first(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values if values.dim() == 1 else values[:, :1]
+
+    return [make(x=first(g.x), edge_index=g.edge_index, edge_attr=first(g.edge_attr), y=g.y) for g in graphs]
 
 
 def split(graphs: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
@@ -518,15 +529,18 @@ def mirage(run: Run, config: Mirage) -> Result:
         raise RecipeError(
             "mirage trains judges at a constant, unclipped rate: leave out train.schedule, warmup and clip."
         )
-    training, validation = split(run.source.train, config.validation, run.seed)
+    few = config.labels == "first"
+    train_graphs, test = (narrowed(g) if few else g for g in (run.source.train, run.source.test))
+    training, validation = split(train_graphs, config.validation, run.seed)
     labels, judge, clock = labels_of(training).tolist(), run.model("judge"), Journal(run.folder).clock
     weighted = config.sampling == "support"
 
     def train_one(name: str, network: Any, graphs: list[Any], number: int) -> dict[str, float]:
         seed = keyed.key(run.seed, "judge", name, number)
-        fresh, start = network.fresh(seed).to(run.device), time.perf_counter()
+        changes = {name: network.config[name][:1] for name in ("node_labels", "edge_labels")} if few else {}
+        fresh, start = network.fresh(seed, **changes).to(run.device), time.perf_counter()
         outcome, _ = judged(
-            fresh, graphs, validation=validation, test=run.source.test, seed=seed,
+            fresh, graphs, validation=validation, test=test, seed=seed,
             weights=supports_of(graphs) if weighted else None,
             optimizer=make_optimizer(run.train.optimizer_spec(), fresh.parameters()),
             steps=run.train.steps, batch=run.train.batch, every=run.train.evaluate_every or 20,
