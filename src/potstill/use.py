@@ -34,6 +34,10 @@ def finished(folder: Path, overrides: list[str]) -> tuple[Run, Any]:
 def evaluate_run(folder: Path, overrides: list[str]) -> dict[str, float]:
     """The standard metrics of a finished student, on the recipe's test data or on `data=...`."""
     run, student = finished(folder, overrides)
+    if student.kind == "one_step":
+        from potstill.methods.diffusion.comparison import sample_metrics
+
+        return sample_metrics(run)(student.generate(run.plan.eval.limit or 1000).cpu())
     return run.evaluate(student)
 
 
@@ -88,5 +92,3 @@ def _text(run: Run, student: Any, prompt: str | None, count: int, tokens: int, s
 def load_student(folder: Path) -> Any:
     """The finished student of a run, for a person's own program."""
     return finished(folder, [])[1]
-
-

@@ -37,6 +37,7 @@ from potstill.run import Run, open_folder
 from potstill.tasks.mixture import Points
 from potstill.training.spec import TrainSpec
 from potstill.training.trainer import Trainer
+from potstill.use import evaluate_run, generate_run
 
 MU, S, SIGMA = 0.6, 0.9, 0.7
 SGD = OptimizerSpec(optimizer="sgd", momentum=0.0, lr=0.1)
@@ -335,6 +336,9 @@ def test_a_unet_run_leaves_a_student_that_diffusers_loads(trunk, tmp_path, untra
     assert again.kind == "one_step" and again.sigma_init == 80.0
     assert_close(again.generate(4, seed=1), result.student.generate(4, seed=1))
     assert {"fid_own", "recall", "before_fid_own", "teacher_fid_own", "samples_per_second"} <= set(result.metrics)
+    found = evaluate_run(tmp_path / "run", ["eval.limit=12"])
+    assert found["fid_own"] == pytest.approx(result.metrics["fid_own"]), "the same noise and labels, measured again"
+    assert generate_run(tmp_path / "run", prompt=None, count=4, tokens=0, seed=0, output=None).is_file()
     records = {p.stem for p in (tmp_path / "run/records").glob("*.json")}
     assert {"samples", "predictions", "comparison"} <= records
 

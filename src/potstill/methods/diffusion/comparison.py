@@ -40,7 +40,7 @@ def compared(run: Run, objective: DistributionMatching, before: OneStep, samples
         "student": lambda: student.sample(ids_B, condition=condition),
     }
     calls = {"teacher": 2 * HEUN_STEPS - 1, "before": 1, "student": 1}
-    measure = _image_metrics(run) if run.source.kind == "images" else _point_metrics(run)
+    measure = sample_metrics(run)
     drawn, rows, metrics = {}, [], {}
     for name, function in draw.items():
         began = time.perf_counter()
@@ -58,6 +58,11 @@ def compared(run: Run, objective: DistributionMatching, before: OneStep, samples
     if run.source.kind == "images":
         _pictures(run, objective, student, drawn)
     return Result(student, metrics)
+
+
+def sample_metrics(run: Run) -> Callable[[Tensor], dict[str, float]]:
+    """What measures samples of the run's source: images [N, C, H, W] or points [N, D] -> metrics."""
+    return _image_metrics(run) if run.source.kind == "images" else _point_metrics(run)
 
 
 def _image_metrics(run: Run) -> Callable[[Tensor], dict[str, float]]:
