@@ -5,25 +5,30 @@ sum and count. A paper is a choice of estimator (exact divergence or sampled gra
 weighting and teacher.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from potstill.contracts import keyed
 from potstill.contracts.batch import Batch, PromptBatch, TokenBatch
-from potstill.contracts.errors import DataError, RecipeError
+from potstill.contracts.errors import DataError, NonFiniteError, RecipeError
 from potstill.contracts.players import Objective, OptimizerSpec, Player
 from potstill.contracts.signals import FullLogits, check_signals
 from potstill.contracts.spec import Spec
 from potstill.contracts.terms import Loss, Term
-from potstill.divergences import Estimator, Exact, FDivergence, ForwardKL, ReverseKL, log_probs
+from potstill.divergences import Estimator, Exact, FDivergence, ForwardKL, ReverseKL, entropy, log_probs
 from potstill.models.ema import EMA
-from potstill.rollouts.local import sample
+from potstill.rollouts.groups import group_advantages
+from potstill.rollouts.local import completions_of, sample
 from potstill.teachers.local import check_vocabulary
 from potstill.weighting import Positions, Uniform, Weighting
+
+CHUNK = 2**20  # logits that go through the row-wise work at once
 
 
 class RolloutSpec(Spec):
@@ -63,6 +68,39 @@ class Rows:
         return values_BR[self.row_N, self.order_N]
 
 
+class _ByRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        size = max(1, CHUNK // logits_NV.shape[-1])
+        gradient = torch.empty_like(logits_NV) if ctx.needs_input_grad[0] else None
+        values = []
+        for start in range(0, len(logits_NV), size):
+            where = slice(start, start + size)
+            with torch.set_grad_enabled(gradient is not None):
+                rows = logits_NV[where].detach().requires_grad_(gradient is not None)
+                value = function(rows, where)
+                if gradient is not None:
+                    gradient[where] = torch.autograd.grad(value.sum(), rows)[0]
+            values.append(value.detach())
+        ctx.save_for_backward(*([gradient] if gradient is not None else []))
+        return torch.cat(values) if values else logits_NV.new_zeros(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradient_N[:, None].to(gradient.dtype), None
+
+
+def by_rows(function: Callable[[Tensor, slice], Tensor], logits_NV: Tensor) -> Tensor:
+    """`function(some rows of logits, which) -> a value each`, over all rows. [N, V] -> [N].
+
+    A value may depend on its own row alone. The rows go through in pieces that fit a cache, and each piece's gradient is
+    made at once, so that one [N, V] tensor is kept for the backward pass and not one for every operation.
+    """
+    return cast(Tensor, _ByRows.apply(logits_NV, function))
+
+
 class TokenDistillation(Objective):
     """Distil a causal language model at the counted tokens of text, completions or the student's own rollouts.
 
@@ -73,6 +111,8 @@ class TokenDistillation(Objective):
     weighting: which positions count and how much. cross_entropy: weight of the next-token loss on the given tokens.
     average: "token" divides by counted tokens, "sequence" averages over each sequence first.
     temperature divides both logits; no T^2 is applied unless `temperature_squared`.
+    reward: of a prompt's row and the student's completion, a float; its advantage in the group of `samples_per_prompt`
+        (mean and deviation taken off) is added to the sampled gradient of every token of the completion.
     """
 
     def __init__(
@@ -93,7 +133,7 @@ class TokenDistillation(Objective):
         temperature: float = 1.0,
         temperature_squared: bool = False,
         ema: float | None = None,
-        reward: Callable[[TokenBatch], Tensor] | None = None,
+        reward: Callable[[Mapping[str, Any], str], float] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -120,6 +160,14 @@ class TokenDistillation(Objective):
                 raise RecipeError(
                     f"{type(self.estimator).__name__} needs the student's own samples everywhere: set on_policy 1."
                 )
+        if reward is not None:
+            if rollouts is None or on_policy < 1 or policy is not None or rollouts.temperature != temperature:
+                raise RecipeError(
+                    "A reward needs the student's own samples everywhere, at the scored temperature: set on_policy 1 and "
+                    f"rollouts.temperature {temperature}."
+                )
+            if rollouts.samples_per_prompt < 2:
+                raise RecipeError("A reward is compared within a group: set rollouts.samples_per_prompt to 2 or more.")
 
     @property
     def couples(self) -> Literal["position", "group", "batch"]:  # type: ignore[override]
@@ -141,7 +189,7 @@ class TokenDistillation(Objective):
         coin = keyed.uniform(keyed.key(self.seed, "on-policy"), torch.tensor([step]))
         if self.rollouts is None or coin.item() >= self.on_policy:
             return completed(batch, self.student.pad_id)
-        return sample(
+        out = sample(
             self.policy or self.student,
             batch,
             max_new_tokens=self.rollouts.max_new_tokens,
@@ -151,6 +199,12 @@ class TokenDistillation(Objective):
             samples_per_prompt=self.rollouts.samples_per_prompt,
             seed=keyed.key(self.seed, "rollout", step),
         )
+        if self.reward is not None:
+            texts = self.student.tokenizer.batch_decode(completions_of(out), skip_special_tokens=True)
+            rewards = [self.reward(row, text) for row, text in zip(out.extra["rows"], texts, strict=True)]
+            out.extra["reward"] = torch.tensor(rewards, dtype=torch.float32, device=out.tokens_BT.device)
+            out.extra["advantage"] = group_advantages(out.extra["reward"], self.rollouts.samples_per_prompt)
+        return out
 
     def loss(self, player: str, batch: Batch, step: int) -> Loss:
         assert isinstance(batch, TokenBatch)
@@ -160,23 +214,63 @@ class TokenDistillation(Objective):
         metrics: dict[str, Term] = {}
         positions: dict[str, Tensor] = {}
         if self.teacher is not None:
-            teacher_logits = self.teacher.score(batch, FullLogits).logits
-            log_q = log_probs(logits_NV[:, : self.shared], self.temperature)
-            log_p = log_probs(teacher_logits[:, : self.shared], self.temperature)
-            values_N = self.estimator.per_position(
-                teacher_logp=log_p, student_logp=log_q, tokens_N=tokens_N, sampled_logp_N=self._sampled(batch)
-            )
-            with torch.no_grad():
-                reverse_N = ReverseKL()(teacher_logp=log_p, student_logp=log_q)
-                entropy_N = -(log_q.exp() * log_q).nan_to_num(0.0).sum(-1)
-                weights_BR = self.weighting(self._positions(rows, log_p, log_q, reverse_N, entropy_N, tokens_N))
+            values_N, seen = self._compared(logits_NV, batch, tokens_N)
+            spread = {f"{name}_BR": rows.spread(values) for name, values in seen.items()}
+            weights_BR = self.weighting(Positions(mask_BR=rows.mask_BR, **spread))
             terms["divergence"] = self._term(rows, values_N, rows.gather(weights_BR), self.coefficient)
-            metrics |= {"reverse_kl": Term.over(reverse_N), "student_entropy": Term.over(entropy_N)}
-            positions |= {"reverse_kl": rows.spread(reverse_N), "weights": weights_BR}
+            metrics |= {
+                "reverse_kl": Term.over(seen["divergence"]),
+                "student_entropy": Term.over(seen["student_entropy"]),
+            }
+            positions |= {"reverse_kl": spread["divergence_BR"], "weights": weights_BR}
+        if "advantage" in batch.extra:
+            advantage_N = batch.extra["advantage"][rows.row_N]
+            nll_N = by_rows(lambda some, where: _nll(some, tokens_N[where], self.temperature), logits_NV)
+            terms["reward"] = self._term(rows, advantage_N * nll_N, None, 1.0)
+            metrics["reward"] = Term.over(batch.extra["reward"])
         if self.cross_entropy:
-            nll_N = -log_probs(logits_NV).gather(-1, tokens_N[:, None])[:, 0]
+            nll_N = by_rows(lambda some, where: _nll(some, tokens_N[where]), logits_NV)
             terms["cross_entropy"] = self._term(rows, nll_N, None, self.cross_entropy)
         return Loss(terms, metrics, positions)
+
+    def _compared(self, logits_NV: Tensor, batch: TokenBatch, tokens_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Values [N] to differentiate, and what weightings and metrics see of the positions, detached."""
+        teacher_logits = self.teacher.score(batch, FullLogits).logits.to(logits_NV.device)  # type: ignore[union-attr]
+        sampled_N = self._sampled(batch)
+        names = {"divergence", "student_entropy"} | {name.removesuffix("_BR") for name in self.weighting.needs}
+        seen = {
+            name: logits_NV.new_empty(len(logits_NV), dtype=torch.promote_types(logits_NV.dtype, torch.float32))
+            for name in names
+        }
+
+        def values(rows_MV: Tensor, where: slice) -> Tensor:
+            log_q = log_probs(rows_MV[:, : self.shared], self.temperature)
+            log_p = log_probs(teacher_logits[where, : self.shared], self.temperature)
+            chosen = tokens_N[where]
+            with torch.no_grad():
+                look = {
+                    "divergence": lambda: ReverseKL()(teacher_logp=log_p, student_logp=log_q),
+                    "student_entropy": lambda: entropy(log_q),
+                    "teacher_entropy": lambda: entropy(log_p),
+                    "log_ratio": lambda: (log_p - log_q).gather(-1, chosen[:, None])[:, 0],
+                }
+                for name in names:
+                    seen[name][where] = look[name]()
+            value = self.estimator.per_position(
+                teacher_logp=log_p,
+                student_logp=log_q,
+                tokens_N=chosen,
+                sampled_logp_N=None if sampled_N is None else sampled_N[where],
+            )
+            if not value.isfinite().all() and (log_p == -math.inf).any():
+                raise NonFiniteError(
+                    f"{getattr(self.teacher, 'name', 'The teacher')} gives probability 0 to tokens that the student can "
+                    "say, where this divergence is infinite. Take one that stays finite (ForwardKL, JensenShannon), or "
+                    "SampledReverseKL with baseline 'none' and a clip."
+                )
+            return value
+
+        return by_rows(values, logits_NV), seen
 
     def after_step(self, player: str, step: int) -> None:
         if self.ema is not None:
@@ -190,24 +284,15 @@ class TokenDistillation(Objective):
         count = rows.mask_BR.any(1).sum().to(values_N.dtype)
         return Term((values_N * weights_N.detach() / length_N).sum(), count, coefficient, unit="sequence")
 
-    def _positions(
-        self, rows: Rows, log_p: Tensor, log_q: Tensor, reverse_N: Tensor, entropy_N: Tensor, tokens_N: Tensor
-    ) -> Positions:
-        teacher_entropy_N = -(log_p.exp() * log_p).nan_to_num(0.0).sum(-1)
-        log_ratio_N = (log_p - log_q).gather(-1, tokens_N[:, None])[:, 0]
-        return Positions(
-            mask_BR=rows.mask_BR,
-            teacher_entropy_BR=rows.spread(teacher_entropy_N),
-            student_entropy_BR=rows.spread(entropy_N),
-            log_ratio_BR=rows.spread(log_ratio_N),
-            divergence_BR=rows.spread(reverse_N),
-        )
-
     def _sampled(self, batch: TokenBatch) -> Tensor | None:
         """What another policy gave its tokens; the student's own samples of this step need no reweighting."""
         if self.policy is None or batch.sampled_logp_BT is None:
             return None
         return batch.sampled_logp_BT[batch.counted_BT]
+
+
+def _nll(logits_MV: Tensor, tokens_M: Tensor, temperature: float = 1.0) -> Tensor:
+    return -log_probs(logits_MV, temperature).gather(-1, tokens_M[:, None])[:, 0]
 
 
 def completed(batch: PromptBatch, pad_id: int) -> TokenBatch:

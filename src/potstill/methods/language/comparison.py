@@ -11,7 +11,6 @@ from potstill.evaluation.text import (
     compare,
     compare_on_rollouts,
     generation_speed,
-    perplexity,
     size,
     token_divergences,
 )
@@ -76,11 +75,10 @@ def compared(run: Run, *, before: Any | None = None, control: Any | None = None)
 
 def _measure(run: Run, students: Mapping[str, Any], teacher: Any) -> dict[str, Any]:
     batches, prompts = _held_out(run)
-    tokens = min(64, run.plan.data.length)
-    shown = prompts[0]
-    row = [perplexity(teacher, batches), 0.0, 0.0, 1.0, 0.0, *_cost(teacher, shown, tokens)]
-    rows: list[list[Any]] = [["teacher", *row]]
-    metrics: dict[str, float] = {"teacher_perplexity": row[0]}
+    tokens = run.plan.data.length - run.plan.data.prompt_length
+    shown = _first(prompts[0])
+    rows: list[list[Any]] = []
+    metrics: dict[str, float] = {}
     for name, model in students.items():
         on_text = compare(model, teacher, batches)
         own = compare_on_rollouts(model, teacher, prompts, max_new_tokens=tokens, seed=run.seed)
@@ -92,6 +90,9 @@ def _measure(run: Run, students: Mapping[str, Any], teacher: Any) -> dict[str, A
             "perplexity": row[0], "forward_kl": row[1], "reverse_kl": row[2], "agreement": row[3], "rollout_reverse_kl": row[4],
         }  # fmt: skip
         metrics |= {prefix + key: value for key, value in named.items()}
+        metrics["teacher_perplexity"] = on_text["teacher_perplexity"]
+    cost = _cost(teacher, shown, tokens)
+    rows.insert(0, ["teacher", metrics["teacher_perplexity"], 0.0, 0.0, 1.0, 0.0, *cost])
     metrics |= size(students["student after"])
     return {
         "rows": rows,
@@ -107,16 +108,19 @@ def _cost(model: Any, prompts: PromptBatch, tokens: int) -> list[float]:
 
 
 def _held_out(run: Run) -> tuple[list[TokenBatch], list[PromptBatch]]:
-    """Test rows as token batches, and as a few batches of prompts."""
+    """Test rows as token batches, and half as many prompts (a rollout costs more than a row)."""
     tokens, prompts = run.tokens("test"), run.prompts("test")
-    size, limit = min(run.plan.eval.batch, 16), run.plan.eval.limit or 256
+    size, limit = min(run.plan.eval.batch, 64), run.plan.eval.limit or 256
     batches = [tokens.batch(rows).to(run.device) for rows in torch.arange(min(limit, len(tokens))).split(size)]
-    asked = [prompts.batch(rows).to(run.device) for rows in torch.arange(min(32, len(prompts))).split(size)]
-    return batches, asked
+    asked = min(max(1, limit // 2), len(prompts))
+    return batches, [prompts.batch(rows).to(run.device) for rows in torch.arange(asked).split(size)]
 
 
-def _samples(run: Run, models: Mapping[str, Any], prompts: PromptBatch, tokens: int) -> list[dict[str, str]]:
-    first = PromptBatch(prompts.ids_B[:TEXTS], prompts.tokens_BT[:TEXTS], prompts.attention_BT[:TEXTS])
+def _first(prompts: PromptBatch) -> PromptBatch:
+    return PromptBatch(prompts.ids_B[:TEXTS], prompts.tokens_BT[:TEXTS], prompts.attention_BT[:TEXTS])
+
+
+def _samples(run: Run, models: Mapping[str, Any], first: PromptBatch, tokens: int) -> list[dict[str, str]]:
     tokenizer = run.context["tokenizer"]
     read = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
     rows = [{"prompt": read(t[a])} for t, a in zip(first.tokens_BT, first.attention_BT)]

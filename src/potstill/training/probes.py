@@ -1,0 +1,67 @@
+"""How noisy a gradient is: measured by repeating the sampling of one batch at fixed weights, or read off Adam's moments.
+
+    total variance = sum over parameters of Var(g) = (sum_r |g_r|^2 - |sum_r g_r|^2 / R) / (R - 1)
+
+over R repetitions: two running sums, one of them a vector as large as the parameters. Source: vOPD, arXiv 2605.07865.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from potstill.contracts.batch import Batch
+from potstill.contracts.errors import DataError
+from potstill.contracts.players import Objective
+from potstill.models.causal import evaluating
+from potstill.training.files import load_tensors, read_json
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """`variance` is the total variance of one gradient; `squared_mean` estimates |E g|^2 without bias (it may be negative)."""
+
+    variance: float
+    squared_mean: float
+    repeats: int
+
+
+def gradient_noise(objective: Objective, player: str, batch: Batch, repeats: int) -> GradientNoise:
+    """Collect one batch `repeats` times, each with samples of its own, and compare the gradients of `player`'s loss.
+
+    The weights stay as they are, and dropout is off. The samples are those of steps -1, -2, ..., which no training has.
+    """
+    if repeats < 2:
+        raise DataError(f"A variance needs at least 2 repetitions, got {repeats}.")
+    parameters = list(objective.players[player].parameters())
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    squares = 0.0
+    with evaluating(objective):
+        for repeat in range(repeats):
+            step = -1 - repeat
+            with torch.no_grad():
+                collected = objective.collect(batch, step)
+            loss = objective.loss(player, collected, step).value()
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:
+                    total += gradient
+                    squares += gradient.double().square().sum().item()
+    norm = sum(total.square().sum().item() for total in sums)  # |sum g|^2
+    variance = (squares - norm / repeats) / (repeats - 1)
+    return GradientNoise(variance, (norm / repeats - variance) / repeats, repeats)
+
+
+def adam_variance(checkpoint: Path, player: str, betas: tuple[float, float]) -> float:
+    """sum(v_hat) - sum(m_hat^2) of a checkpoint's Adam moments: a free proxy of the total variance, over many steps."""
+    aliases = read_json(checkpoint / "state.json")["optimizer_aliases"]
+    tensors = load_tensors(checkpoint / "optimizers.safetensors", aliases)
+    total = 0.0
+    for name, first in tensors.items():
+        if not name.startswith(f"{player}/") or not name.endswith("/exp_avg"):
+            continue
+        place = name.removesuffix("exp_avg")
+        step, second = tensors[f"{place}step"].item(), tensors[f"{place}exp_avg_sq"]
+        mean = first.double() / (1 - betas[0] ** step)
+        total += (second.double() / (1 - betas[1] ** step)).sum().item() - mean.square().sum().item()
+    return total
