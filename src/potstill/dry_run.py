@@ -31,7 +31,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         specs = run.spec(role)
         for i, spec in enumerate(specs if isinstance(specs, list) else [specs]):
             name = f"{role}.{i}" if isinstance(specs, list) else role
-            model = on_meta(run, of.kind, spec, models)
+            model = on_meta(run, of.kind, spec, models, adapt=not of.ready)
             models[name] = model
             sizes[name] = sum(p.numel() for p in model.parameters())
             trains = role == "student"
@@ -46,14 +46,14 @@ def describe(plan: Plan) -> dict[str, Any]:
     return {"parameters": sizes, "seconds": seconds}
 
 
-def on_meta(run: Run, kind: str, spec: ModelSpec, models: dict[str, Any]) -> Any:
+def on_meta(run: Run, kind: str, spec: ModelSpec, models: dict[str, Any], adapt: bool = False) -> Any:
     """A role's model on the meta device: shapes without memory."""
     with torch.device("meta"):
         if spec.from_ is not None:
             origin = models.get(spec.from_) or on_meta(run, kind, run.spec(spec.from_), models)  # type: ignore[arg-type]
-            return origin.shortened(spec.layers)
+            return origin if spec.layers is None else origin.shortened(spec.layers)
         architecture = spec.model_copy(update={"pretrained": False})
-        return build(kind, architecture, context=run.context, seed=0)
+        return build(kind, architecture, context=run.context, seed=0, adapt=adapt)
 
 
 def estimate(plan: Plan, run: Run, models: dict[str, Any]) -> float | None:

@@ -206,7 +206,7 @@ class Run:
         if of.ready and is_packaged(of.kind, spec):
             return trained(of.kind, spec, self.source, self.context, self.plan.data, self.seed, self.train.device, role)
         seed = keyed.key(self.seed, "init", role)
-        return build(of.kind, spec, context=self.context, seed=seed, role=role)
+        return build(of.kind, spec, context=self.context, seed=seed, role=role, adapt=not of.ready)
 
     # ---------------------------------------------------------------- work
 

@@ -59,10 +59,13 @@ def packaged_options(
     return chosen
 
 
-def build(kind: str, spec: ModelSpec, *, context: Mapping[str, Any], seed: int, role: str = "student") -> nn.Module:
+def build(
+    kind: str, spec: ModelSpec, *, context: Mapping[str, Any], seed: int, role: str = "student", adapt: bool = False
+) -> nn.Module:
     """A model of one role, with fresh weights drawn from `seed` where it is packaged or asked not to be pretrained.
 
-    `from` is resolved by the caller, who has the other roles.
+    adapt: a folder or id may take what the data source knows (classes get a fresh head, a fresh network its size), as
+    a student may; a trained role keeps its own. `from` is resolved by the caller, who has the other roles.
     """
     cls: Any = adapter(kind)
     if spec.name is None:
@@ -75,7 +78,9 @@ def build(kind: str, spec: ModelSpec, *, context: Mapping[str, Any], seed: int, 
     else:
         if spec.options:
             raise RecipeError(f"{role}.options belong to packaged networks; {spec.name} is a folder or an id.")
-        model = cls.from_pretrained(location(spec.name), dtype=DTYPES[spec.dtype], pretrained=spec.pretrained)
+        takes = inspect.signature(cls.from_pretrained).parameters
+        known = {key: context[key] for key in ("classes", "channels", "size") if adapt and key in takes and key in context}
+        model = cls.from_pretrained(location(spec.name), dtype=DTYPES[spec.dtype], pretrained=spec.pretrained, **known)
     return finish(model, spec, role)
 
 
