@@ -192,7 +192,10 @@ def fashion_mnist(
         imbalance=imbalance,
         per_class=per_class,
         augment=PadCropFlip() if augment else None,
-        teacher={"steps": 800, "batch": 128, "lr": 2e-3, "denoiser": DENOISER | {"steps": 2000}},
+        teacher={
+            "steps": 800, "batch": 128, "lr": 3e-3, "schedule": "cosine", "warmup": 40,
+            "denoiser": DENOISER | {"steps": 2000},
+        },  # fmt: skip
     )
 
 
