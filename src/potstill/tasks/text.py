@@ -21,6 +21,11 @@ from potstill.contracts.errors import AssetError, DataError, did_you_mean, requi
 from potstill.tasks.base import Source
 
 MODELS: dict[str, dict[str, Any]] = {"teacher": {"name": "smollm2"}, "student": {"from": "teacher", "layers": 6}}
+# How packaged networks are trained before they teach, by kind.
+TEACHERS: dict[str, dict[str, Any]] = {
+    "causal_lm": {"steps": 600, "batch": 32, "lr": 3e-3, "warmup": 50, "schedule": "cosine", "clip": 1.0},
+    "masked_lm": {"steps": 2000, "batch": 32, "lr": 2e-3, "warmup": 100, "schedule": "cosine", "clip": 1.0},
+}
 ROLES = ("system", "user", "assistant", "tool")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 
@@ -71,7 +76,7 @@ def english(
         train += one
         held_out += other
     train, held_out = rows_in_order(train, "english"), rows_in_order(held_out, "english")
-    return Source("english", "text", train, held_out, models=MODELS).subset(size)
+    return Source("english", "text", train, held_out, models=MODELS, teacher=TEACHERS).subset(size)
 
 
 def rows_in_order(rows: list[Any], name: str) -> list[Any]:
@@ -145,7 +150,7 @@ def bible(passage: int = 4, size: int | None = None, test: float = 0.05) -> Sour
         place, _, verse = line.partition(" ")
         chapters.setdefault(place.partition(":")[0], []).append(verse.strip())
     train, held_out = split("bible", [passages(verses, passage) for verses in chapters.values()], test)
-    return Source("bible", "text", train, held_out, models=MODELS).subset(size)
+    return Source("bible", "text", train, held_out, models=MODELS, teacher=TEACHERS).subset(size)
 
 
 def _bible_text() -> str:
@@ -192,7 +197,7 @@ def text_files(path: str | Path, size: int | None = None, test: float = 0.05) ->
     else:
         raise DataError(f"text: {root} does not exist.")
     train, held_out = split("text", documents, test)
-    return Source(f"text:{root}", "text", train, held_out, models=MODELS).subset(size)
+    return Source(f"text:{root}", "text", train, held_out, models=MODELS, teacher=TEACHERS).subset(size)
 
 
 def _paragraphs(path: Path) -> list[str]:
