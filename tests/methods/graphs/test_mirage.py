@@ -499,6 +499,8 @@ def test_what_judges_are_given(tmp_path, monkeypatch):
     run_of(tmp_path / "b", **{"train.steps": 2, "method.sampling": "uniform"}).execute()
     run_of(tmp_path / "c", **{"train.steps": 2, "method.subset": "random"}).execute()
     assert [options["weights"] for *_, options in seen] == [None] * 4
+    run_of(tmp_path / "d", **{"train.steps": 2, "train.seed": 1}).execute()
+    assert len({options["seed"] for *_, options in seen}) == 4  # b and c judge alike, d anew
 
 
 def test_first_labels_narrow_graphs_and_judges_alike(tmp_path, monkeypatch):
