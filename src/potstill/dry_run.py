@@ -38,11 +38,15 @@ def describe(plan: Plan) -> dict[str, Any]:
             # weights, and for a trained model its gradient and two moments in float32
             width = {"float32": 4}.get(spec.dtype, 2)
             memory = sizes[name] * (width + (12 if trains else 0))
-            table.add_row(name, of.kind, spec.name or f"from {spec.from_}", f"{sizes[name]:,}", f"{memory / 2**20:,.0f} MiB")
+            table.add_row(
+                name, of.kind, spec.name or f"from {spec.from_}", f"{sizes[name]:,}", f"{memory / 2**20:,.0f} MiB"
+            )
     console.print(table)
     seconds = estimate(plan, run, models)
     if seconds is not None:
-        console.print(f"time: about {seconds / 60:.1f} min for {plan.train.steps} steps on this machine (an estimate from operation counts)")
+        console.print(
+            f"time: about {seconds / 60:.1f} min for {plan.train.steps} steps here (estimated from operation counts)"
+        )
     return {"parameters": sizes, "seconds": seconds}
 
 
@@ -81,7 +85,12 @@ def sample_batch(run: Run) -> Batch | None:
     if run.source.kind in ("text", "prompts", "chat"):
         shape = (2, run.plan.data.length)
         ones = torch.ones(shape, dtype=torch.bool, device="meta")
-        return TokenBatch(torch.zeros(2, dtype=torch.int64, device="meta"), torch.zeros(shape, dtype=torch.int64, device="meta"), ones, ones)
+        return TokenBatch(
+            torch.zeros(2, dtype=torch.int64, device="meta"),
+            torch.zeros(shape, dtype=torch.int64, device="meta"),
+            ones,
+            ones,
+        )
     return None
 
 

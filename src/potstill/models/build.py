@@ -79,7 +79,9 @@ def build(
         if spec.options:
             raise RecipeError(f"{role}.options belong to packaged networks; {spec.name} is a folder or an id.")
         takes = inspect.signature(cls.from_pretrained).parameters
-        known = {key: context[key] for key in ("classes", "channels", "size") if adapt and key in takes and key in context}
+        known = {
+            key: context[key] for key in ("classes", "channels", "size") if adapt and key in takes and key in context
+        }
         model = cls.from_pretrained(location(spec.name), dtype=DTYPES[spec.dtype], pretrained=spec.pretrained, **known)
     return finish(model, spec, role)
 

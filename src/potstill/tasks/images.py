@@ -193,9 +193,13 @@ def fashion_mnist(
         per_class=per_class,
         augment=PadCropFlip() if augment else None,
         teacher={
-            "steps": 800, "batch": 128, "lr": 3e-3, "schedule": "cosine", "warmup": 40,
+            "steps": 800,
+            "batch": 128,
+            "lr": 3e-3,
+            "schedule": "cosine",
+            "warmup": 40,
             "denoiser": DENOISER | {"steps": 2000},
-        },  # fmt: skip
+        },
     )
 
 

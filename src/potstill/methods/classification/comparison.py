@@ -18,7 +18,7 @@ from potstill.teachers import LocalTeacher
 class LogitConfig(MethodConfig):
     """Options of every method that compares logits."""
 
-    teacher_scale: float = Field(1.0, gt=0)  # factor on the teacher's logits before all else: a more or less certain one
+    teacher_scale: float = Field(1.0, gt=0)  # factor on the teacher's logits, before all else
     rows: int | None = Field(None, gt=0)  # training rows that the student sees; the teacher was trained on all
     control: bool = False  # also train the same start on labels alone, for as many steps
 
