@@ -88,9 +88,9 @@ def voters_of(slice_: int, priors: Sequence[float], config: CVDD, seed: int) -> 
 
 
 def cropped(images: Tensor, seed: int, ids_B: Tensor, least: float, flip: bool) -> Tensor:
-    """A random resized crop (area least..1, aspect 3/4..4/3) and flip of each image, keyed by its id. Shape kept."""
+    """A random resized crop (area least..1, aspect 3/4..4/3; whole at 1) and flip of each image, keyed by its id. Shape kept."""
     draw = lambda what: keyed.uniform(keyed.key(seed, what), ids_B).to(images.device)
-    area, aspect = least + (1 - least) * draw("area"), (math.log(4 / 3) * (2 * draw("aspect") - 1)).exp()
+    area, aspect = least + (1 - least) * draw("area"), ((least < 1) * math.log(4 / 3) * (2 * draw("aspect") - 1)).exp()
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     x, y = (1 - width) * (2 * draw("x") - 1), (1 - height) * (2 * draw("y") - 1)
     mirrored = torch.where(draw("flip") < 0.5, -1.0, 1.0) if flip else torch.ones_like(width)
@@ -194,7 +194,7 @@ class Relabelled:
         soft = None
         if self.labels is not None and self.order is not None:
             soft = self.labels[[self.order[i] for i in ids.tolist()]].float()
-        return SoftBatch(ids, x, self.classes[rows], soft)
+        return SoftBatch(ids, x, self.classes[rows], soft_BV=soft)
 
 
 class StoredLabels:
@@ -211,18 +211,14 @@ class StoredLabels:
 def relabel(
     data: Relabelled, members: Sequence[Any], weights: Sequence[float], batch: int, stage: str
 ) -> dict[str, Tensor]:
-    """Committee logits [E * N, V] (fp16) of every image of every epoch, in batches of the student's own order.
-
-    With `bssl` each half of a batch has its own BatchNorm statistics, as in the release."""
+    """Committee logits [E * N, V] (fp16) of every image of every epoch, in the student's own (micro-)batches: what is
+    mixed by CutMix, and under `bssl` normalised, together here is so when the student trains."""
     size, total = len(data), data.config.epochs * len(data)
+    device = next(members[0].parameters()).device
     soft, ids = [], []
     for start in range(0, total - total % batch, batch):
         here = data.batch(*data_order(data.seed, stage, size, torch.arange(start, start + batch)))
-        soft.append(
-            torch.cat(
-                [committee_logits(x, members, weights, data.config.bssl) for x in here.images.split(-(-batch // 2))]
-            )
-        )
+        soft.append(committee_logits(here.images.to(device), members, weights, data.config.bssl).cpu())
         ids.append(here.ids_B)
     return {"labels": torch.cat(soft).half(), "ids": torch.cat(ids)}
 
@@ -306,8 +302,8 @@ def student_on(
     data = Relabelled(images.cpu(), classes, config, run.seed)
     using = members if config.label_members == "all" else members[:1]
     weights = votes(priors[: len(using)], config.relabel_temperature)
-    stage = f"{name}-student"
-    stored = run.stage(f"{name}-labels", relabel, data, using, weights, run.train.batch, stage)
+    stage, piece = f"{name}-student", run.train.micro_batch or run.train.batch
+    stored = run.stage(f"{name}-labels", relabel, data, using, weights, piece, stage)
     data.labels, data.order = stored["labels"], {i: n for n, i in enumerate(stored["ids"].tolist())}
     student = run.fresh("image_classifier", run.spec("student"), "student")
     kd = KD(config.temperature, temperature_squared=False)
