@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import platform
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -312,7 +313,8 @@ def trained(
         "settings": {k: v for k, v in settings.items() if k != "device"}, "format": 1,
     }  # fmt: skip
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
-    folder = cache_dir() / "models" / f"{spec.name}-{source.name}-{digest}"
+    words = re.sub(r"[^\w.]+", "-", f"{spec.name}-{source.name}")  # a source may be named by its path
+    folder = cache_dir() / "models" / f"{words[-80:]}-{digest}"
     cls: Any = adapter(kind)
     train = TrainSpec(**settings)
     world = accelerator(train)

@@ -5,7 +5,7 @@ keyed by (seed, sample, epoch), so that nothing here has a state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +60,7 @@ class Source:
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # default ModelSpec of a role
     teacher: Mapping[str, Any] | None = None  # how a packaged teacher is trained: steps, batch, lr (TeacherTraining)
     score: Callable[[Any], dict[str, float]] | None = None  # metrics that only this source knows: exact densities, ...
+    grade: Callable[[Mapping[str, Any], str], float] | None = None  # how right a completion of a prompt row is, 0 to 1
 
     def subset(self, size: int | None) -> "Source":
         """The first `size` training rows (the sources shuffle once, with a fixed key)."""
@@ -76,4 +77,4 @@ class Source:
             train = train[:size]
         else:
             train = torch.utils.data.Subset(train, range(size))
-        return Source(self.name, self.kind, train, self.test, self.context, self.models, self.teacher, self.score)
+        return replace(self, train=train)

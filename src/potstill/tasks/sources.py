@@ -47,8 +47,8 @@ class DataSpec(Spec):
     length: int = Field(64, ge=2)  # language only: tokens of a row
     prompt_length: int = Field(16, ge=1)  # language only: tokens of a prompt at most; the rest is for its completion
 
-    def options(self) -> dict[str, Any]:
-        """The loader's arguments."""
+    def arguments(self) -> dict[str, Any]:
+        """The loader's arguments. (Not `options`: a loader has an argument of that name.)"""
         own = set(DataSpec.model_fields) | {"task"}
         return {name: getattr(self, name) for name in type(self).model_fields if name not in own}
 
@@ -87,7 +87,11 @@ def validate(data: Any) -> DataSpec:
         raise RecipeError(f"data must be a name or a mapping, got {data!r}.")
     keys = [key for key in ("task", *OWN) if key in given]
     if len(keys) != 1:
-        raise RecipeError(f"data needs exactly one of {', '.join(('task', *OWN))}, got {', '.join(keys) or 'none'}.")
+        hints = [did_you_mean(str(key), ("task", *OWN)) for key in given] if not keys else []
+        hint = next((hint for hint in hints if "Did you mean" in hint), "")
+        raise RecipeError(
+            f"data needs exactly one of {', '.join(('task', *OWN))}, got {', '.join(keys) or 'none'}.{hint}"
+        )
     key, value = keys[0], given[keys[0]]
     if key == "task" and value not in TASKS:
         raise RecipeError(
@@ -110,7 +114,7 @@ def validate(data: Any) -> DataSpec:
 
 def load(spec: DataSpec) -> Source:
     """The source of a spec. Loaded once a process for equal specs."""
-    return _loaded(type(spec), json.dumps(spec.options(), sort_keys=True))
+    return _loaded(type(spec), json.dumps(spec.arguments(), sort_keys=True))
 
 
 @lru_cache(maxsize=4)
