@@ -5,6 +5,7 @@ A decoder (Llama, Qwen ...) becomes a masked-diffusion language model, as LLaDA 
 and no code that comes with a checkpoint.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -27,6 +28,7 @@ from transformers import (
 from potstill.contracts.errors import ModelError
 from potstill.models.lora import add_lora, merged
 from potstill.models.spec import LoraSpec
+from potstill.noise.masked import ancestral, subs_log_probs
 
 MASK_TOKEN = "<|mask|>"
 
@@ -138,6 +140,54 @@ class MaskedLM(nn.Module):
 
     def forward(self, tokens_BL: Tensor, attention_BL: Tensor | None = None) -> Tensor:
         return self.logits(tokens_BL, attention_BL)
+
+    def log_probs(self, tokens_BL: Tensor, attention_BL: Tensor | None = None) -> Tensor:
+        """SUBS log-probabilities: the mask is never predicted, visible tokens are copied. [B, L, V]."""
+        return subs_log_probs(self.logits(tokens_BL, attention_BL), tokens_BL, self.mask_id)
+
+    @torch.no_grad()
+    def samples(
+        self,
+        ids_B: Tensor,
+        *,
+        seed: int,
+        length: int | None = None,
+        steps: int | None = None,
+        sampler: Callable[..., Tensor] = ancestral,
+        **options: Any,
+    ) -> Tensor:
+        """Token rows from nothing but masks, each a function of (seed, id) alone. [B] -> [B, L].
+
+        length: default, and at most, what the positions reach. steps: network calls, one a token by default. sampler:
+        `noise.masked.ancestral`, `confident`, or another of their signature, with its `options`.
+        """
+        length = self.length if length is None else length
+        if not 0 < length <= self.length:
+            raise ModelError(f"{self.name} writes texts of 1 to {self.length} tokens, not {length}.")
+        start_BL = torch.full((len(ids_B), length), self.mask_id, device=self.device)
+        ids_B = ids_B.to(self.device)
+        return sampler(self.log_probs, start_BL, self.mask_id, steps=steps or length, seed=seed, ids_B=ids_B, **options)
+
+    def generate(self, count: int = 8, seed: int = 0, **options: Any) -> list[str]:
+        """`count` texts from nothing but masks; options of `samples`."""
+        rows = self.samples(torch.arange(count), seed=seed, **options)
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+    def copied(self) -> Self:
+        """A copy with weights of its own; the tokenizer is shared."""
+        return type(self)(copy.deepcopy(self.network), self.tokenizer, self.name)
+
+    def last_blocks(self, count: int) -> list[nn.Module]:
+        """The last `count` transformer blocks of the trunk, and whatever comes behind them (a final norm)."""
+        base, total = self.network.base_model, self.network.config.num_hidden_layers
+        if not 1 <= count <= total:
+            raise ModelError(f"{self.name} has {total} blocks: 1 to {total} of them can be trained, not {count}.")
+        path = next((n for n, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total), None)
+        if path is None:
+            raise ModelError(f"{self.name}: the blocks of {type(self.network).__name__} were not found.")
+        children = list(base.named_children())
+        place = [name for name, _ in children].index(path.partition(".")[0])
+        return [*base.get_submodule(path)[total - count :], *(module for _, module in children[place + 1 :])]
 
     def with_lora(self, lora: LoraSpec) -> Self:
         """Freeze the weights and add low-rank adapters, in place; `save` merges them."""
