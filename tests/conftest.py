@@ -46,3 +46,33 @@ def asset_or_skip():
             _skip(str(missing))
 
     return get
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory):
+    """`tiny_lm(seed, config=..., tokenizer=...)`: the folder of a tiny causal language model with fresh weights."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from potstill.models.tokenizers import character_tokenizer
+
+    alphabet = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?'\"()-<>|/\n"
+
+    def make(seed=0, config=LlamaConfig, tokenizer=None, template=None, spread=0.3, **options):
+        tokenizer = tokenizer or character_tokenizer(alphabet)
+        if template:
+            tokenizer.chat_template = template
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+        torch.manual_seed(seed)
+        made = config(vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=16, **shape | ids | options)
+        network = AutoModelForCausalLM.from_config(made)
+        with torch.no_grad():  # fresh weights all say nearly the same: spread them, so that models differ
+            for parameter in network.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, spread)
+        folder = tmp_path_factory.mktemp("lm")
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make

@@ -6,12 +6,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from potstill.contracts.batch import PromptBatch, TokenBatch
-from potstill.contracts.errors import DataError, ModelError, RecipeError
+from potstill.contracts.errors import DataError, ModelError, NonFiniteError, RecipeError
 from potstill.contracts.players import OptimizerSpec
-from potstill.divergences import Exact, ForwardKL, ReverseKL, SampledReverseKL, TopK
+from potstill.divergences import Exact, ForwardKL, JensenShannon, ReverseKL, SampledReverseKL, TopK
 from potstill.models.causal import CausalLM
 from potstill.models.tokenizers import character_tokenizer
-from potstill.objectives.tokens import RolloutSpec, Rows, TokenDistillation, completed
+from potstill.objectives.tokens import RolloutSpec, Rows, TokenDistillation, by_rows, completed
 from potstill.teachers import FrozenStart, LocalTeacher, PrivilegedTeacher
 from potstill.weighting import EntropyTop
 
@@ -203,3 +203,76 @@ def test_support_is_an_axis():
     full, topk = objective(Exact(ReverseKL())), objective(Exact(ReverseKL(), TopK(4, of="student", tail="bucket")))
     rows = batch()
     assert 0 < topk.loss("student", rows, 0).value() < full.loss("student", rows, 0).value()
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 10_000])
+def test_rows_in_pieces_give_the_values_and_gradients_of_all_at_once(chunk, monkeypatch):
+    monkeypatch.setattr("potstill.objectives.tokens.CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    logits, weights = torch.randn(7, 12, generator=generator, dtype=torch.float64), torch.arange(7.0).double()
+    function = lambda rows, where: (rows.log_softmax(-1).exp() * torch.arange(12.0)).sum(-1) * (1 + where.start * 0)
+    pieces, whole = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    values = by_rows(function, pieces)
+    assert_close(values, function(whole, slice(0, 7)))
+    (values * weights).sum().backward()
+    (function(whole, slice(0, 7)) * weights).sum().backward()
+    assert_close(pieces.grad, whole.grad)
+    with torch.no_grad():
+        assert_close(by_rows(function, logits), values.detach())
+
+
+def test_pieces_of_a_batch_keep_their_own_teacher_rows_and_tokens(monkeypatch):
+    rows = batch()
+    for estimator in (ForwardKL(), SampledReverseKL(baseline="full")):
+        whole, pieces = objective(estimator, cross_entropy=0.3), objective(estimator, cross_entropy=0.3)
+        a = whole.loss("student", rows, 0)
+        monkeypatch.setattr("potstill.objectives.tokens.CHUNK", 2 * TOKENIZER.vocab_size)
+        b = pieces.loss("student", rows, 0)
+        monkeypatch.undo()
+        assert_close(a.value(), b.value())
+        assert_close(a.positions["reverse_kl"], b.positions["reverse_kl"])
+        a.value().backward()
+        b.value().backward()
+        for x, y in zip(whole.student.parameters(), pieces.student.parameters()):
+            assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-9)
+
+
+class Forbidding(LocalTeacher):
+    """Gives the token `a` no probability at all."""
+
+    def score(self, batch, need):
+        signal = super().score(batch, need)
+        signal.logits[:, TOKENIZER.convert_tokens_to_ids("a")] = -float("inf")
+        return signal
+
+
+@pytest.mark.parametrize("estimator", [ReverseKL(), SampledReverseKL(baseline="full")])
+def test_a_token_that_the_teacher_forbids_is_said_plainly(estimator):
+    make = lambda part: TokenDistillation(model(0), Forbidding(model(1)), part, optimizer=OptimizerSpec(), seed=0)
+    rows = batch()
+    rows.tokens_BT[0, 3] = TOKENIZER.convert_tokens_to_ids("a")
+    with pytest.raises(NonFiniteError, match=r"gives probability 0 to tokens .*ForwardKL, JensenShannon"):
+        make(estimator).loss("student", rows, 0)
+    for finite in (ForwardKL(), JensenShannon(0.5), SampledReverseKL(clip=0.1)):
+        assert make(finite).loss("student", rows, 0).value().isfinite()
+
+
+def test_a_reward_moves_a_completion_by_its_advantage_in_the_group():
+    scores = iter([1.0, 0.0, 5.0, 5.0])
+    rollouts = RolloutSpec(max_new_tokens=4, samples_per_prompt=2)
+    distilled = objective(SampledReverseKL(), reward=lambda row, text: next(scores), rollouts=rollouts)
+    asked = prompts()
+    asked.extra["rows"] = ["x", "y"]
+    rows = distilled.collect(asked, 0)
+    advantage = rows.extra["advantage"]
+    assert_close(advantage, torch.tensor([1.0, -1.0, 0.0, 0.0]) * (0.5 / (0.5**0.5 + 1e-4)))
+    loss = distilled.loss("student", rows, 0)
+    assert loss.metrics["reward"].mean() == pytest.approx(2.75)
+    _, log_q = by_hand(distilled, rows)
+    chosen = log_q.gather(-1, rows.tokens_counted[:, None])[:, 0]
+    spread = advantage.repeat_interleave(rows.counted_BT.sum(1))
+    assert_close(loss.terms["reward"].mean(), -(spread * chosen).mean())
+    with pytest.raises(RecipeError, match="samples_per_prompt to 2 or more"):
+        objective(SampledReverseKL(), reward=lambda row, text: 0.0, rollouts=RolloutSpec())
+    with pytest.raises(RecipeError, match="needs the student's own samples everywhere"):
+        objective(ReverseKL(), reward=lambda row, text: 0.0, rollouts=rollouts, on_policy=0.5)
