@@ -14,7 +14,7 @@ RECIPE = {
     "method": {"name": "vopd", "baseline": "exact", "divergence": {"name": "JensenShannon", "teacher_share": 0.1}},
     "student": {"from": "teacher", "layers": 2},
     "teacher": {"name": "llama-small"},
-    "data": {"kind": "task", "name": "tiny_stories", "length": 128},
+    "data": {"task": "tiny_stories", "length": 128},
     "train": {"steps": 400, "batch": 32, "lr": 1.0e-3, "seed": 7},
     "eval": {"batch": 250},
 }

@@ -12,7 +12,7 @@ import yaml
 
 from potstill.contracts.errors import RunError
 from potstill.report import build_report, numbers
-from potstill.report.build import collect, metric_view, timing_view
+from potstill.report.build import collect, facts, metric_view, timing_view
 from potstill.report.charts import POINTS, SMOOTH_FROM, Series, line_chart, wide_range
 from potstill.report.records import record_view
 
@@ -110,10 +110,21 @@ def test_a_run_that_has_only_begun(tmp_path):
 
 
 def test_a_method_that_the_catalogue_does_not_know(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(
-        yaml.safe_dump({"method": {"name": "of_my_own"}, "data": {"kind": "text", "path": "a.txt"}})
-    )
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"method": {"name": "of_my_own"}, "data": {"text": "a.txt"}}))
     assert "of_my_own" in Page(build_report(tmp_path).read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("english", "english"),
+        ({"task": "english", "length": 64}, "english"),
+        ({"length": 64, "jsonl": "a.jsonl"}, "jsonl:a.jsonl"),
+        ({"length": 64}, numbers.NONE),
+    ],
+)
+def test_the_data_is_named(data, name):
+    assert facts({"method": "vopd", "data": data}, [], None) == {"data": name}
 
 
 def test_a_folder_of_no_run(tmp_path):
@@ -200,7 +211,11 @@ def test_metrics_of_several_models_become_a_table():
         "columns": ["accuracy", "reverse KL"],
         "rows": [["teacher", "0.9000", numbers.NONE], ["student", "0.8000", "0.1000"]],
     }
-    assert metric_view({"student/accuracy": 0.8})["single"] == {"student/accuracy": 0.8}
+    assert metric_view({"student/accuracy": 0.8}) == {"single": {"student/accuracy": 0.8}, "table": None}
+    plain = metric_view({"nll": 2.0, "before_nll": 3.0, "teacher_nll": 1.0, "before_all": 5.0, "bytes": 9.0})
+    assert plain["single"] == {"before_all": 5.0, "bytes": 9.0}
+    assert plain["table"] == {"columns": ["NLL"], "rows": [["teacher", "1"], ["before", "3"], ["student", "2"]]}
+    assert metric_view({}) == {"single": {}, "table": None}
 
 
 def test_speed_is_that_of_the_median_step():

@@ -20,6 +20,8 @@ from potstill.report.records import record_view
 from potstill.training.files import read_json, write_text
 from potstill.training.tracking import read_journal
 
+SOURCES = ("task", "text", "jsonl", "imagefolder", "hf")  # the key of `data` that names its source
+OWNERS = ("teacher", "before", "control")  # `before_accuracy` is to be read beside `accuracy`, the student's
 FOLDED = ("lr", "gradient_norm")  # how the optimizer fares, not how good the student is
 
 
@@ -82,18 +84,28 @@ def facts(
 
 
 def metric_view(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Metrics named `model/metric` for several models become a table, the others figures of their own."""
-    groups: dict[str, dict[str, float]] = {}
-    for key, value in metrics.items():
+    """What was measured of several models becomes a table, a row a model; the rest are figures of their own.
+
+    `model/metric` is so named; `teacher_accuracy` is the teacher's where there is a plain `accuracy`, the student's.
+    """
+    placed: dict[str, tuple[str, str]] = {}
+    for key in metrics:
         owner, slash, metric = key.partition("/")
-        groups.setdefault(owner if slash else "", {})[metric if slash else key] = value
-    single = groups.pop("", {})
-    shared = Counter(metric for values in groups.values() for metric in values)
-    if not any(count > 1 for count in shared.values()):
-        return {"single": {**single, **{f"{o}/{m}": v for o, g in groups.items() for m, v in g.items()}}, "table": None}
-    columns = [numbers.column([values.get(metric) for values in groups.values()]) for metric in shared]
-    rows = [[words(owner), *cells] for owner, cells in zip(groups, zip(*columns))]
-    return {"single": single, "table": {"columns": [words(m) for m in shared], "rows": rows}}
+        prefix, _, rest = key.partition("_")
+        if slash:
+            placed[key] = owner, metric
+        elif prefix in OWNERS and rest in metrics:
+            placed |= {key: (prefix, rest), rest: ("student", rest)}
+    count = Counter(metric for _, metric in placed.values())
+    if max(count.values(), default=0) < 2:
+        return {"single": metrics, "table": None}
+    owners = sorted({owner for owner, _ in placed.values()}, key=lambda owner: (owner != "teacher", owner))
+    columns = sorted(count, key=lambda metric: -count[metric])
+    values = {place: metrics[key] for key, place in placed.items()}
+    cells = [numbers.column([values.get((owner, metric)) for owner in owners]) for metric in columns]
+    rows = [[words(owner), *row] for owner, row in zip(owners, zip(*cells))]
+    single = {key: value for key, value in metrics.items() if key not in placed}
+    return {"single": single, "table": {"columns": [words(m) for m in columns], "rows": rows}}
 
 
 def claim_view(system: System | None) -> dict[str, Any] | None:
@@ -217,10 +229,11 @@ def _progress(
 
 
 def _data_name(data: Any) -> str:
+    """`task: english` is english, `jsonl: notes.jsonl` is jsonl:notes.jsonl."""
     if isinstance(data, str):
         return data
-    named = next((data[key] for key in ("name", "path", "kind") if data.get(key)), next(iter(data.values())))
-    return str(named)
+    named = next((key for key in SOURCES if data.get(key)), None)
+    return numbers.NONE if named is None else str(data[named]) if named == "task" else f"{named}:{data[named]}"
 
 
 def _model_name(spec: Any) -> str:
