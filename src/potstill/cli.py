@@ -119,11 +119,12 @@ def _go_on(finished: Path, more: dict, raw: dict) -> None:
         raise RecipeError(f"more goes on from a finished run, and {finished} is none.")
     if set(more) != {"steps"} or not isinstance(more["steps"], int) or more["steps"] < 1:
         raise RecipeError(f"more takes steps, a whole number above 0; got {more}.")
-    steps = raw.get("train", {}).get("steps", 1000) + more["steps"]
+    before = recipes.resolve(raw, str(finished)).train.steps
+    steps = before + more["steps"]
     plan = recipes.resolve(recipes.apply(raw, {"train.steps": steps}), str(finished))
     folder = Path(raw.get("output") or f"{str(finished).rstrip('/')}-{steps}")
     open_folder(folder, recipes.write(plan))
-    longer(finished, folder)
+    longer(finished, folder, before)
     _execute(plan, folder, new=False)
 
 

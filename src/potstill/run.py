@@ -243,9 +243,10 @@ class Run:
         file = place / "tensors.safetensors"
         return _pack(stored["value"], load_tensors(file, stored["aliases"]) if file.is_file() else {})
 
-    def seconds_spent(self) -> float:
-        """Seconds of training that the newest checkpoints of all stages stand for."""
-        newest = [found[-1] for stage in (self.folder / "checkpoints").glob("*") if (found := checkpoints(stage))]
+    def seconds_spent(self, but: str = "") -> float:
+        """Seconds of training that the newest checkpoints of all stages (but one) stand for."""
+        stages = [stage for stage in (self.folder / "checkpoints").glob("*") if stage.name != but]
+        newest = [found[-1] for stage in stages if (found := checkpoints(stage))]
         return sum(read_json(path / "state.json")["seconds"] for path in newest)
 
     def record(self, name: str, type: str, title: str, **content: Any) -> None:
@@ -365,14 +366,21 @@ def open_folder(folder: Path, recipe: str) -> None:
     write_text(folder / "recipe.yaml", recipe)
 
 
-def longer(finished: Path, folder: Path) -> None:
-    """Copy a run up to its last training stage's checkpoint, so that resuming the copy trains on with a larger budget."""
+def longer(finished: Path, folder: Path, steps: int) -> None:
+    """Copy a run of `steps` with its checkpoints, so that resuming the copy trains on with a larger budget.
+
+    What was worked out after training (`Run.stage`) is forgotten, since it has to be worked out anew; what came before
+    the end of the stages that now go on is kept.
+    """
     shutil.copytree(finished / "checkpoints", folder / "checkpoints")
-    for name in ("stages", "metrics.jsonl", "timing.jsonl"):
-        if (finished / name).is_dir():
-            shutil.copytree(finished / name, folder / name)
-        elif (finished / name).is_file():
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        if (finished / name).is_file():
             shutil.copy2(finished / name, folder / name)
+    newest = [found[-1] / "state.json" for s in (finished / "checkpoints").glob("*") if (found := checkpoints(s))]
+    ended = [state.stat().st_mtime_ns for state in newest if read_json(state)["step"] == steps]
+    for value in (finished / "stages").glob("*/value.json"):
+        if value.stat().st_mtime_ns < min(ended, default=0):
+            shutil.copytree(value.parent, folder / "stages" / value.parent.name)
 
 
 def _unpack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -31,7 +31,7 @@ def control(run: Run, before: Any, stage: str = "control") -> Any:
 
     Its budget is time, because a step without a teacher is cheaper; it is read from the stages that stand finished.
     """
-    seconds = run.stage("control-budget", run.seconds_spent)
+    seconds = run.stage("control-budget", run.seconds_spent, stage)
     model = copy.deepcopy(before).requires_grad_(True)
     objective = TokenDistillation(model, None, cross_entropy=1.0, optimizer=run.train.optimizer_spec(), seed=run.seed)
     run.fit(objective, run.tokens(), stage=stage, seconds=max(seconds, 1e-3), steps=100 * run.train.steps)
