@@ -64,7 +64,7 @@ def test_its_commands_are_those_of_the_command_line():
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch):
     """A folder with what the examples name: a tiny teacher, and a file of texts."""
     from potstill.models.causal import CausalLM
     from potstill.models.tokenizers import character_tokenizer
@@ -86,7 +86,7 @@ def python_block(mark):
     return block
 
 
-def test_the_objective_in_an_own_loop_learns(workplace):
+def test_the_objective_in_an_own_loop_learns(place):
     scope = {}
     exec(python_block("torch.optim.AdamW"), scope)
     objective, batch = scope["objective"], scope["data"].batch(scope["torch"].arange(8), 0)
@@ -96,16 +96,16 @@ def test_the_objective_in_an_own_loop_learns(workplace):
     assert 0 < after < 0.9 * before
 
 
-def test_the_recipe_runs_from_python(workplace):
+def test_the_recipe_runs_from_python(place):
     from potstill import recipe
 
     (text,) = blocks("yaml")
-    (workplace / "mine.yaml").write_text(yaml.safe_dump(recipe.apply(yaml.safe_load(text), SMALL)))
+    (place / "mine.yaml").write_text(yaml.safe_dump(recipe.apply(yaml.safe_load(text), SMALL)))
     exec(python_block("recipe.resolve"), {})
-    assert (workplace / "runs" / "mine-1" / "result.json").is_file()
+    assert (place / "runs" / "mine-1" / "result.json").is_file()
 
 
-def test_the_new_method_registers_and_runs(workplace, monkeypatch):
+def test_the_new_method_registers_and_runs(place, monkeypatch):
     monkeypatch.setattr(potstill.methods, "find", lambda name: None)
     module = types.ModuleType("early_tokens_of_the_readme")
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -121,5 +121,5 @@ def test_the_new_method_registers_and_runs(workplace, monkeypatch):
         "student": {"from": "teacher", "layers": 1},
         "data": "jsonl:notes.jsonl",
     }
-    result = Run(recipe.resolve(recipe.apply(raw, SMALL)), workplace / "early").execute()
-    assert result.metrics and (workplace / "early" / "metrics.jsonl").read_text().count("\n") == 2
+    result = Run(recipe.resolve(recipe.apply(raw, SMALL)), place / "early").execute()
+    assert result.metrics and (place / "early" / "metrics.jsonl").read_text().count("\n") == 2
