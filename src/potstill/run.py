@@ -37,6 +37,7 @@ from potstill.training.files import load_tensors, read_json, save_tensors, whole
 from potstill.training.launch import accelerator
 from potstill.training.scratch import objective_from_scratch
 from potstill.training.spec import TrainSpec
+from potstill.training.tracking import read_journal
 from potstill.training.trainer import Trainer
 
 
@@ -367,20 +368,20 @@ def open_folder(folder: Path, recipe: str) -> None:
 
 
 def longer(finished: Path, folder: Path, steps: int) -> None:
-    """Copy a run of `steps` with its checkpoints, so that resuming the copy trains on with a larger budget.
+    """Copy what a run of `steps` steps may keep when it is given more, so that resuming the copy trains on.
 
-    What was worked out after training (`Run.stage`) is forgotten, since it has to be worked out anew; what came before
-    the end of the stages that now go on is kept.
+    That is every training stage up to the first that ended with the budget; it goes on from its checkpoint. What came
+    after (later stages, remembered values, measurements) rests on it and is made again.
     """
-    shutil.copytree(finished / "checkpoints", folder / "checkpoints")
+    for stage in dict.fromkeys(row["stage"] for row in read_journal(finished / "metrics.jsonl")):
+        if not (found := checkpoints(finished / "checkpoints" / stage)):
+            raise RunError(f"{finished} has no checkpoint of {stage} left to go on from. Run the recipe anew.")
+        shutil.copytree(finished / "checkpoints" / stage, folder / "checkpoints" / stage)
+        if read_json(found[-1] / "state.json")["step"] >= steps:
+            break
     for name in ("metrics.jsonl", "timing.jsonl"):
         if (finished / name).is_file():
             shutil.copy2(finished / name, folder / name)
-    newest = [found[-1] / "state.json" for s in (finished / "checkpoints").glob("*") if (found := checkpoints(s))]
-    ended = [state.stat().st_mtime_ns for state in newest if read_json(state)["step"] == steps]
-    for value in (finished / "stages").glob("*/value.json"):
-        if value.stat().st_mtime_ns < min(ended, default=0):
-            shutil.copytree(value.parent, folder / "stages" / value.parent.name)
 
 
 def _unpack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
