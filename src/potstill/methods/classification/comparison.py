@@ -95,13 +95,16 @@ def compared(run: Run, student: Any, teacher: LocalTeacher, control: Any | None 
         "Teacher, student and control" if control is not None else "Teacher and student",
         columns=["model", "accuracy", "nll", "ece", "agreement with the teacher", "KL(p || q)", "parameters"],
         rows=[
-            [name, *(m[k] for k in ("accuracy", "nll", "ece", "teacher_agreement", "teacher_kl", "parameters"))]
-            for name, m in values.items()
+            [
+                name,
+                *(values[name][k] for k in ("accuracy", "nll", "ece", "teacher_agreement", "teacher_kl", "parameters")),
+            ]
+            for name in models
         ],
         note="On held-out images; p is the teacher, q the row's model, nats an image. "
         + ("The control is the same start trained on labels alone for as many steps." if control is not None else ""),
     )
-    metrics = {key: value for key, value in values["student"].items()}
+    metrics = dict(values["student"])
     for name in models:
         if name != "student":
             metrics |= {f"{name}_{key}": values[name][key] for key in ("accuracy", "nll", "ece", "parameters")}
