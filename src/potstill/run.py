@@ -370,14 +370,19 @@ def open_folder(folder: Path, recipe: str) -> None:
 def longer(finished: Path, folder: Path, steps: int) -> None:
     """Copy what a run of `steps` steps may keep when it is given more, so that resuming the copy trains on.
 
-    That is every training stage up to the first that ended with the budget; it goes on from its checkpoint. What came
-    after (later stages, remembered values, measurements) rests on it and is made again.
+    That is every training stage up to the first that ended with the budget, which goes on from its checkpoint, and the
+    remembered values (`Run.stage`) that were there before it ended. Later stages and measurements rest on it and are
+    made again.
     """
     for stage in dict.fromkeys(row["stage"] for row in read_journal(finished / "metrics.jsonl")):
         if not (found := checkpoints(finished / "checkpoints" / stage)):
             raise RunError(f"{finished} has no checkpoint of {stage} left to go on from. Run the recipe anew.")
         shutil.copytree(finished / "checkpoints" / stage, folder / "checkpoints" / stage)
-        if read_json(found[-1] / "state.json")["step"] >= steps:
+        state = found[-1] / "state.json"
+        if read_json(state)["step"] >= steps:
+            for value in (finished / "stages").glob("*/value.json"):
+                if value.stat().st_mtime_ns < state.stat().st_mtime_ns:
+                    shutil.copytree(value.parent, folder / "stages" / value.parent.name)
             break
     for name in ("metrics.jsonl", "timing.jsonl"):
         if (finished / name).is_file():
