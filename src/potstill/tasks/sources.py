@@ -27,6 +27,7 @@ TASKS = {
     "english": "potstill.tasks.text:english",
     "bible": "potstill.tasks.text:bible",
     "reasoning_gym": "potstill.tasks.reasoning:reasoning_gym",
+    "arithmetic": "potstill.tasks.arithmetic:arithmetic",
     "mixture": "potstill.tasks.mixture:mixture",
     "b3db": "potstill.tasks.molecules:b3db",
     "synthetic_rings": "potstill.tasks.molecules:synthetic_rings",
