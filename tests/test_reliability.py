@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from potstill.models.denoisers import mlp_denoiser
+from potstill.models.images import mlp
+from potstill.models.masked import mlm_tiny
+from potstill.models.tokenizers import character_tokenizer
 
 
 def _denoiser(folder: Path) -> None:
@@ -26,8 +29,35 @@ def _denoiser(folder: Path) -> None:
     model.save(folder / "denoiser")
 
 
+def _classifier(folder: Path) -> None:
+    torch.manual_seed(0)
+    mlp(size=8, width=16, depth=1).save(folder / "classifier")
+
+
+def _masked_lm(folder: Path) -> None:
+    text = "\n".join(f"row {i} of a text with words {i * 7 % 13}" for i in range(60))
+    (folder / "text.txt").write_text(text)
+    torch.manual_seed(0)
+    mlm_tiny(tokenizer=character_tokenizer(text), length=12).save(folder / "masked")
+
+
 CASES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {  # what to prepare, recipe, overrides
+    "one stage and its control": (
+        _classifier,
+        "kd",
+        ["data=digits", "teacher={folder}/classifier", "student=mlp", "student.options.width=8", "train.batch=16"],
+    ),
     "three players": (_denoiser, "f_distill", ["data=mixture", "teacher={folder}/denoiser", "train.batch=16"]),
+    "two players on trajectories": (
+        _masked_lm,
+        "didi_instruct",
+        [
+            "data={{text: {folder}/text.txt, length: 12}}",
+            "teacher={folder}/masked",
+            "train.batch=4",
+            "method.eval_samples=4",
+        ],
+    ),
 }
 COMMON = ["train.steps=80", "train.checkpoint_every=6", "train.trackers=[]", "train.device=cpu", "eval.limit=20"]
 
