@@ -25,7 +25,7 @@ from potstill.divergences import Estimator, Exact, FDivergence, ForwardKL, Rever
 from potstill.models.ema import EMA
 from potstill.rollouts.groups import group_advantages
 from potstill.rollouts.local import completions_of, sample
-from potstill.teachers.local import check_vocabulary
+from potstill.teachers.local import LocalTeacher, check_vocabulary
 from potstill.weighting import Positions, Uniform, Weighting
 
 CHUNK = 2**20  # logits that go through the row-wise work at once
@@ -108,6 +108,8 @@ class TokenDistillation(Objective):
     estimator: an FDivergence (exact over the vocabulary) or an Estimator (sampled gradient; needs on-policy states).
     rollouts: with a PromptBatch, how to continue it; on_policy: the share of steps that do so, the others taking the
         prompt's ground-truth completion (GKD's lambda, drawn by a keyed coin a step).
+    policy: a model, held as a teacher is, that continues the prompts instead of the student; policy_share: the share of
+        the rollout steps that it does, by a second coin. Exact divergences need no reweighting of its samples.
     weighting: which positions count and how much. cross_entropy: weight of the next-token loss on the given tokens.
     average: "token" divides by counted tokens, "sequence" averages over each sequence first.
     temperature divides both logits; no T^2 is applied unless `temperature_squared`.
@@ -125,7 +127,8 @@ class TokenDistillation(Objective):
         seed: int,
         rollouts: RolloutSpec | None = None,
         on_policy: float = 1.0,
-        policy: Any | None = None,
+        policy: LocalTeacher | None = None,
+        policy_share: float = 1.0,
         weighting: Weighting = Uniform(),
         distillation: float = 1.0,
         cross_entropy: float = 0.0,
@@ -137,7 +140,7 @@ class TokenDistillation(Objective):
     ) -> None:
         super().__init__()
         self.student = student
-        self.teacher, self.policy = teacher, policy
+        self.teacher, self.policy, self.policy_share = teacher, policy, policy_share
         self.estimator = Exact(estimator) if isinstance(estimator, FDivergence) else estimator
         self.optimizer, self.seed = optimizer, seed
         self.rollouts, self.on_policy = rollouts, on_policy
@@ -190,7 +193,7 @@ class TokenDistillation(Objective):
         if self.rollouts is None or coin.item() >= self.on_policy:
             return completed(batch, self.student.pad_id)
         out = sample(
-            self.policy or self.student,
+            self._writer(step),
             batch,
             max_new_tokens=self.rollouts.max_new_tokens,
             temperature=self.rollouts.temperature,
@@ -205,6 +208,11 @@ class TokenDistillation(Objective):
             out.extra["reward"] = torch.tensor(rewards, dtype=torch.float32, device=out.tokens_BT.device)
             out.extra["advantage"] = group_advantages(out.extra["reward"], self.rollouts.samples_per_prompt)
         return out
+
+    def _writer(self, step: int) -> Any:
+        """Who continues this step's prompts."""
+        coin = keyed.uniform(keyed.key(self.seed, "policy"), torch.tensor([step]))
+        return self.student if self.policy is None or coin.item() >= self.policy_share else self.policy.model
 
     def loss(self, player: str, batch: Batch, step: int) -> Loss:
         assert isinstance(batch, TokenBatch)
