@@ -50,7 +50,9 @@ def generate_run(
     if student.kind == "causal_lm":
         return _text(run, student, prompt, count, tokens, seed)
     if hasattr(student, "generate"):
-        made = student.generate(count=count, seed=seed)
+        # a masked model writes texts of a length it was trained on
+        length = {"length": min(tokens, run.plan.data.length)} if student.kind == "masked_lm" else {}
+        made = student.generate(count=count, seed=seed, **length)
         if isinstance(made, list):
             print("\n\n".join(made))
             return made

@@ -23,7 +23,7 @@ def judged(
     order: int = 5,
     schedule: MaskSchedule = LogLinear(),
 ) -> dict[str, float]:
-    """Samples of each (MaskedLM, sampler) at each number of steps, and at one step a token.
+    """Samples of each (MaskedLM, sampler) at each number of steps; the teacher's at one step a token too.
 
     nll_N: nats per token of N-step samples under an n-gram model of the source's test text, entropy_N: of a row's own
     token frequencies, distinct_N: share of different 4-grams. Unprefixed numbers are those of "student"; nll_gain_N is
@@ -36,6 +36,8 @@ def judged(
     rows, texts = [], []
     for n in (*steps, length):
         for name, (model, sampler) in models.items():
+            if n == length and name != "teacher":  # at full length the teacher alone, as what there is to reach
+                continue
             began = time.perf_counter()
             drawn_BL = model.samples(
                 torch.arange(samples), seed=run.seed, length=length, steps=n, sampler=sampler, schedule=schedule
