@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ModernBertConfig, Modern
 from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import DataError, ModelError
 from potstill.contracts.players import OptimizerSpec
-from potstill.evaluation.masked import NGram, distinct, evaluate_masked_model, row_entropy
+from potstill.evaluation.masked import evaluate_masked_model
 from potstill.models.masked import MaskedLM, mlm_tiny
 from potstill.models.tokenizers import character_tokenizer
 from potstill.noise.masked import LogLinear, UniformTime, subs_log_probs
@@ -236,30 +236,6 @@ def test_clipped_mean_by_hand():
     logits = torch.tensor([[1.0, 20.0, -3.0], [-20.0, 5.0, 5.0], [1.0, 2.0, 3.0]])
     where = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
     assert clipped_mean(logits, where, 8.0).tolist() == [4.5, -8.0, 0.0]
-
-
-# ---------------------------------------------------------------- the judge
-
-
-def test_ngram_is_a_distribution_and_agrees_with_hand_numbers():
-    judge = NGram([[0, 1, 0, 1, 2]], vocabulary=4, order=3)
-    for context in ([], [0], [1], [0, 1], [3], [2, 2, 2]):
-        assert sum(judge.probability(w, context) for w in range(4)) == pytest.approx(1.0)
-    unigram = lambda w, c: (c + 3 * 0.25) / (5 + 3)  # five tokens, three kinds
-    assert judge.probability(3, []) == pytest.approx(unigram(3, 0))
-    bigram = (1 + 2 * unigram(2, 1)) / (2 + 2)  # after 1: 0 once, 2 once
-    assert judge.probability(2, [1]) == pytest.approx(bigram)
-    assert judge.probability(2, [0, 1]) == pytest.approx((1 + 2 * bigram) / (2 + 2))  # after 0 1: 0 once, 2 once
-    assert judge.probability(2, [3, 0, 1]) == judge.probability(2, [0, 1])  # two tokens of context
-    expected = -(math.log(judge.probability(0, [])) + math.log(judge.probability(1, [0]))) / 2
-    assert judge.nll([[0, 1]]) == pytest.approx(expected)
-    with pytest.raises(DataError, match="no token"):
-        NGram([[]], 4)
-
-
-def test_entropy_and_distinct_by_hand():
-    assert row_entropy(torch.tensor([[0, 0, 1, 1], [2, 2, 2, 2]])) == pytest.approx(math.log(2) / 2)
-    assert distinct(torch.tensor([[0, 1, 2], [0, 1, 3]]), 2) == pytest.approx(3 / 4)
 
 
 def test_generate_is_keyed_by_sample():
