@@ -163,6 +163,8 @@ def _measure(run: Run, config: DistillSpec, drafts: dict[str, Any], target: Any)
                 metrics[f"{prefix}{kind}{key}"] = found[key]
             if witness:
                 metrics[f"{prefix}{kind}transformers_block_efficiency"] = witness["block_efficiency"]
+    for key in ("acceptance_target_texts", "block_efficiency", "greedy_block_efficiency"):
+        metrics[f"{key}_gain"] = metrics[key] - metrics[f"before_{key}"]
     return {"rows": rows, "analytic": analytic, "metrics": metrics}
 
 
