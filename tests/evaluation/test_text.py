@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import DataError, ModelError, NonFiniteError
 from potstill.divergences import ReverseKL
+from potstill.evaluation import evaluate
 from potstill.evaluation.text import (
     compare,
     compare_on_rollouts,
@@ -19,6 +20,7 @@ from potstill.evaluation.text import (
     token_divergences,
 )
 from potstill.rollouts.local import joined
+from potstill.teachers.local import LocalTeacher
 
 TEXTS = ["w2 w3 w4 w5", "w6", "w7 w8", "w9 w10 w2 w2 w3 w4 w5", "w3 w3 w3"]
 
@@ -65,6 +67,33 @@ def test_compare_by_hand(batch):
     assert abs(found["forward_kl"] - found["reverse_kl"]) > 0.01
     same = compare(teacher, teacher, text_batches(TEXTS, teacher))
     assert (same["forward_kl"], same["reverse_kl"], same["agreement"]) == pytest.approx((0, 0, 1), abs=1e-6)
+
+
+class Rows:
+    """A dataset of token rows, one text each."""
+
+    def __init__(self, model):
+        self.rows = text_batches(TEXTS, model, batch=len(TEXTS))[0]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batch(self, rows, epoch=0):
+        whole = self.rows
+        return TokenBatch(rows, whole.tokens_BT[rows], whole.attention_BT[rows], whole.counted_BT[rows])
+
+
+def test_standard_metrics_of_a_dataset():
+    student, teacher = model_of(seed=1), model_of()
+    batches = text_batches(TEXTS, student)
+    found = evaluate(student, Rows(student), batch=2)
+    assert found == pytest.approx({"perplexity": perplexity(student, batches), "tokens": 12.0})
+    both = evaluate(student, Rows(student), batch=2, teacher=LocalTeacher(teacher), temperature=0.5)
+    expected = compare(student, teacher, batches, temperature=0.5)
+    assert both == pytest.approx({"perplexity": expected.pop("student_perplexity")} | expected, rel=1e-5)
+    assert evaluate(student, Rows(student), batch=2, limit=2)["tokens"] == 3
+    with pytest.raises(DataError, match="test split is empty"):
+        evaluate(student, [], batch=2)
 
 
 def test_left_padding_changes_nothing():

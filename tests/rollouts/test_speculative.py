@@ -141,7 +141,7 @@ def test_output_is_distributed_as_the_target_alone(gamma):
 
 def test_the_token_after_a_rejection_is_drawn_afresh():
     """Noise shared with the rejected draw would bend the residual law: here word 1 just lost to word 0."""
-    p, q, n = torch.tensor([0.0, 0.6, 0.4]).double(), torch.tensor([0.5, 0.45, 0.05]).double(), 600
+    p, q, n = torch.tensor([0.0, 0.6, 0.4]).double(), torch.tensor([0.62, 0.379, 0.001]).double(), 800
     target, draft = Table(p.expand(3, 3)), Table(q.expand(3, 3))
     options = {"gamma": 1, "max_new_tokens": 2, "cached": False}
     firsts = [speculative_generate(target, draft, [0], sample_id=i, **options).tokens[0] for i in range(n)]

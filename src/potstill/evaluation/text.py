@@ -7,7 +7,7 @@ micro-batch: [N, V] logits exist for one at a time.
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -46,19 +46,42 @@ def text_batches(texts: Sequence[str], model: CausalLM, *, batch: int = 8, max_l
     return batches
 
 
-@torch.no_grad()
 def perplexity(model: CausalLM, batches: Iterable[TokenBatch]) -> float:
     """exp of the mean negative log-likelihood over all counted tokens (long texts weigh more)."""
+    total, count = _nll(model, watched(batches, "perplexity"))
+    return _exp(total / _some(count))
+
+
+@torch.no_grad()
+def _nll(model: CausalLM, batches: Iterable[TokenBatch]) -> tuple[float, int]:
     total, count = 0.0, 0
     with evaluating(model):
-        for batch in watched(batches, "perplexity"):
+        for batch in batches:
             batch = batch.to(model.device)
             logp = log_probs(model.counted_logits(batch)).gather(1, batch.tokens_counted[:, None])
             total += -logp.double().sum().item()
             count += len(logp)
     if math.isnan(total):
         raise NonFiniteError(f"The log-likelihoods of {model.name} are NaN: its weights are broken.")
-    return _exp(total / _some(count))
+    return total, count
+
+
+def evaluate_language_model(
+    model: CausalLM, dataset: Any, *, batch: int, teacher: Any | None = None, temperature: float = 1.0
+) -> dict[str, float]:
+    """perplexity on a dataset of TokenBatch and its number of tokens; with a teacher all that `compare` says.
+
+    `teacher` is a CausalLM, or a local teacher that holds one.
+    """
+    if len(dataset) == 0:
+        raise DataError("There is no text to evaluate on: the test split is empty.")
+    parts = torch.arange(len(dataset)).split(batch)
+    batches = (dataset.batch(rows) for rows in watched(parts, "evaluate"))
+    if teacher is not None:
+        found = _compare(model, getattr(teacher, "model", teacher), batches, temperature)
+        return {"perplexity": found.pop("student_perplexity")} | found
+    nll, count = _nll(model, batches)
+    return {"perplexity": _exp(nll / _some(count)), "tokens": float(count)}
 
 
 def compare(

@@ -29,6 +29,7 @@ from transformers import (
 
 from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import DataError, ModelError
+from potstill.models.lora import add_lora, merged
 from potstill.models.spec import LoraSpec
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -185,42 +186,16 @@ class CausalLM(nn.Module):
         return self
 
     def with_lora(self, lora: LoraSpec) -> Self:
-        """Freeze the weights and add low-rank adapters, in place; `save` and `shortened` merge them."""
-        from peft import LoraConfig, inject_adapter_in_model
-
-        alpha: Any = lora.alpha  # peft takes fractions too
-        config = LoraConfig(r=lora.r, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=lora.targets)
-        try:
-            inject_adapter_in_model(config, self.network)
-        except ValueError as cause:
-            linear = sorted({n.rpartition(".")[2] for n, m in self.network.named_modules() if isinstance(m, nn.Linear)})
-            raise ModelError(
-                f"{self.name}: lora.targets {lora.targets} fit no layer. Write all-linear, or some of: "
-                f"{', '.join(linear)}."
-            ) from cause
+        """Freeze the weights and add low-rank adapters, in place; `save` and `shortened` merge copies of them."""
+        add_lora(self.network, lora, self.name)
         return self
-
-    def merged(self) -> PreTrainedModel:
-        """The network with its adapters added into the weights: a copy, or the network itself where it has none."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        if not any(isinstance(module, BaseTunerLayer) for module in self.network.modules()):
-            return self.network
-        network = copy.deepcopy(self.network)
-        for name, module in list(network.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                module.merge()
-                parent, _, child = name.rpartition(".")
-                setattr(network.get_submodule(parent), child, module.get_base_layer())
-        network._hf_peft_config_loaded = False
-        return network
 
     def shortened(self, layers: int | list[int]) -> Self:
         """A copy that keeps some transformer blocks: a number spread evenly (first and last too), or those named.
 
         It is built anew from the shortened config, so layer indices, caches and saved folders are right.
         """
-        network = self.merged()
+        network = merged(self.network)
         config, prefix = copy.deepcopy(network.config), _blocks(network) + "."
         total = config.num_hidden_layers
         kept = _spread(total, layers) if isinstance(layers, int) else list(layers)
@@ -297,7 +272,7 @@ class CausalLM(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write a folder that AutoModelForCausalLM and AutoTokenizer load; adapters are merged."""
-        self.merged().save_pretrained(folder)
+        merged(self.network).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 

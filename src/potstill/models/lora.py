@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from potstill.contracts.errors import ModelError
 from potstill.models.spec import LoraSpec
@@ -13,11 +14,13 @@ def add_lora(network: Any, lora: LoraSpec, name: str) -> None:
     """Freeze the weights and add adapters in place."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    # peft knows all-linear for transformers' models only. The output layer stays out: it may be tied to the embeddings.
+    # peft knows all-linear for transformers' models only (GPT-2's transposed layers too). The output layer stays out: it
+    # may be tied to the embeddings.
     output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
     every = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and m is not output]
     linear = sorted({name.rpartition(".")[2] for name in every})
-    targets = every if lora.targets == "all-linear" else lora.targets
+    ours = lora.targets == "all-linear" and not isinstance(network, PreTrainedModel)
+    targets = every if ours else lora.targets
     options: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.alpha}
     config = LoraConfig(**options, lora_dropout=lora.dropout, target_modules=targets)
     try:

@@ -24,7 +24,7 @@ class LocalTeacher:
     """A model adapter, frozen and in evaluation mode. Held outside the objective's modules: never trained or saved."""
 
     def __init__(self, model: Any, name: str | None = None) -> None:
-        self.model = freeze(model)
+        self.model: Any = freeze(model)
         self.name = name or model.name
         self.gives = SIGNALS[model.kind]
 
@@ -40,8 +40,7 @@ class LocalTeacher:
         if isinstance(batch, TokenBatch):
             hidden = self.model.counted_hidden(batch)
             if need is HiddenAndHead:
-                head = self.model.network.get_output_embeddings()
-                return HiddenAndHead(hidden, head.weight, getattr(head, "bias", None))
+                return HiddenAndHead(hidden, *self.model.linear_head)  # refused where logits are soft-capped
             logits = self.model.head(hidden)
             if need is TokenLogp:
                 logp = logits.float().log_softmax(-1)
