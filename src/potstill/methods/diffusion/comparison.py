@@ -18,6 +18,7 @@ from potstill.objectives.matching import DistributionMatching
 from potstill.run import Result, Run, trained
 
 HEUN_STEPS = 18
+JUDGE = ModelSpec.model_validate("resnet-s")
 SHOWN = 60
 
 
@@ -29,7 +30,7 @@ def compared(run: Run, objective: DistributionMatching, before: OneStep, samples
     deviation along the widest axis. Unprefixed numbers are the student's; `teacher_` is the teacher by Heun's method
     (35 network calls), `before_` the student's start, `data_` other real samples.
     """
-    student = (objective.ema.average if objective.ema is not None else objective.generator).eval()
+    student: Any = (objective.ema.average if objective.ema is not None else objective.generator).eval()
     teacher = objective.teacher
     ids_B = torch.arange(min(samples, run.plan.eval.limit or samples), device=run.device)
     condition = labels_in_turn(objective.fake, ids_B)
@@ -41,7 +42,9 @@ def compared(run: Run, objective: DistributionMatching, before: OneStep, samples
     }
     calls = {"teacher": 2 * HEUN_STEPS - 1, "before": 1, "student": 1}
     measure = sample_metrics(run)
-    drawn, rows, metrics = {}, [], {}
+    drawn: dict[str, Tensor] = {}
+    rows: list[list[Any]] = []
+    metrics: dict[str, float] = {}
     for name, function in draw.items():
         began = time.perf_counter()
         drawn[name] = function().cpu()
@@ -67,9 +70,8 @@ def sample_metrics(run: Run) -> Callable[[Tensor], dict[str, float]]:
 
 def _image_metrics(run: Run) -> Callable[[Tensor], dict[str, float]]:
     """Distances to test images on features of a classifier trained on this source, once, and cached."""
-    spec = ModelSpec.model_validate(run.source.models.get("teacher") or {"name": "resnet-m"})
     data = run.plan.data
-    judge = trained("image_classifier", spec, run.source, run.context, data, run.seed, run.train.device, "judge")
+    judge = trained("image_classifier", JUDGE, run.source, run.context, data, run.seed, run.train.device, "judge")
     judge = judge.to(run.device)
     real = run.source.test.batch(torch.arange(min(1000, len(run.source.test)))).images
     real_ND = classifier_features(judge, real)
