@@ -5,6 +5,7 @@
 PYTHON ?= python3
 OUTPUT ?= runs/quickstart
 TORCH_INDEX ?=
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 # Two PyTorch processes that spin on the same cores slow each other down a hundredfold.
@@ -26,7 +27,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/potstill run quickstart output=$(OUTPUT) --resume
 
 test: $(VENV)/.installed
-	POTSTILL_NO_SKIP=$(POTSTILL_NO_SKIP) $(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

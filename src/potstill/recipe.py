@@ -104,7 +104,7 @@ def resolve(raw: Mapping[str, Any], where: str = "recipe") -> Plan:
     written = {
         "method": {"name": method.name, **config.model_dump(mode="json")},
         **{role: _dump(spec) for role, spec in models.items()},
-        "data": {"task": data.task} | _dump(data) if data.tag == "task" else _dump(data),
+        "data": {"task": data.model_dump()["task"]} | _dump(data) if data.tag == "task" else _dump(data),
         "train": train.model_dump(mode="json"),
         "eval": evaluation.model_dump(mode="json"),
     }

@@ -231,7 +231,7 @@ class Run:
         both go on with the same numbers.
         """
         place = self.folder / "stages" / name
-        if not (place / "value.json").is_file():
+        if not self._agreed((place / "value.json").is_file()):
             value = function(*args)
             if self.accelerator.is_main_process:
                 with whole_folder(place) as part:
@@ -243,6 +243,14 @@ class Run:
         stored = read_json(place / "value.json")
         file = place / "tensors.safetensors"
         return _pack(stored["value"], load_tensors(file, stored["aliases"]) if file.is_file() else {})
+
+    def _agreed(self, seen: bool) -> bool:
+        """What the first process has seen: a slower one may look when the file is already there."""
+        if self.accelerator.num_processes == 1:
+            return seen
+        flag = torch.tensor(int(seen), device=self.device)
+        torch.distributed.broadcast(flag, 0)
+        return bool(flag)
 
     def seconds_spent(self, but: str = "") -> float:
         """Seconds of training that the newest checkpoints of all stages (but one) stand for."""
@@ -302,7 +310,7 @@ def trained(
     given = source.teacher or {}
     own = given.get(kind) or {key: value for key, value in given.items() if not isinstance(value, Mapping)}
     init = keyed.key(own.get("seed", 0), "init", kind, spec.name or "")
-    model = build(kind, spec, context=context, seed=init, role=role)
+    model: Any = build(kind, spec, context=context, seed=init, role=role)
     if next(model.parameters(), None) is None:
         return model
     if source.teacher is None:

@@ -145,7 +145,8 @@ def verify_claim(name: str, seeds: int | None = None, output: Path | None = None
         rows.append({**comparison.model_dump(), **row, "values": {"better": better, "worse": worse}})
         console.print(
             f"{comparison.better} over {comparison.worse or comparison.reference} on {comparison.metric}: "
-            f"{row['difference']:+.4g} [{row['low']:+.4g}, {row['high']:+.4g}], {row['pairs']} pairs: [bold]{row['verdict']}[/bold]"
+            f"{row['difference']:+.4g} [{row['low']:+.4g}, {row['high']:+.4g}], {row['pairs']} pairs: "
+            f"[bold]{row['verdict']}[/bold]"
         )
     verdict = overall([row["verdict"] for row in rows])
     path = HERE / "claims" / f"{name}.result.json"

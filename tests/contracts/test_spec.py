@@ -32,7 +32,9 @@ def test_a_part_is_written_by_name_or_with_options():
 
 
 def test_a_part_nests_in_a_part():
-    assert Drawing(shape={"name": "Circle", "inner": {"name": "Circle", "radius": 0.5}}).shape == Circle(inner=Circle(0.5))
+    assert Drawing(shape={"name": "Circle", "inner": {"name": "Circle", "radius": 0.5}}).shape == Circle(
+        inner=Circle(0.5)
+    )
 
 
 def test_a_part_is_dumped_as_it_is_written():

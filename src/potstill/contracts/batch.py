@@ -29,7 +29,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device, with an empty memo."""
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor | Batch)}
+        moved: dict[str, Any] = {
+            f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor | Batch)
+        }
         return replace(self, **moved, memo={})
 
 

@@ -81,7 +81,7 @@ class Player:
     """
 
     modules: list[nn.Module]
-    optimizer: OptimizerSpec = OptimizerSpec()
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     when: When = field(default_factory=Always)
     ascend: bool = False
 

@@ -25,6 +25,7 @@ class MethodConfig(Spec):
 def members(base: type) -> dict[str, type]:
     """Every concrete dataclass below `base`, by class name."""
     found: dict[str, type] = {}
+    sub: type
     for sub in base.__subclasses__():
         if dataclasses.is_dataclass(sub):
             found[sub.__name__] = sub
@@ -48,7 +49,7 @@ def _resolve(base: type, value: Any) -> Any:
     for option in options:
         if option not in fields:
             raise ValueError(f"{option} is not an option of {cls.__name__}.{did_you_mean(option, fields)}")
-    hints = {f.name: f.type for f in dataclasses.fields(cls)}
+    hints: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(cls)}
     for option, given in options.items():
         if hints[option] in (int, float, bool, str):
             try:

@@ -39,7 +39,8 @@ def location(name: str) -> str:
 
 
 def is_packaged(kind: str, spec: ModelSpec) -> bool:
-    return spec.name in adapter(kind).PACKAGED
+    cls: Any = adapter(kind)
+    return spec.name in cls.PACKAGED
 
 
 def packaged_options(

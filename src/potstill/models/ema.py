@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA(nn.Module):
@@ -12,6 +12,8 @@ class EMA(nn.Module):
     ramp: early in training the decay is min(decay, (1 + n) / (10 + n)) after n updates, so that the random start is
     forgotten quickly.
     """
+
+    updates: Tensor
 
     def __init__(self, module: nn.Module, decay: float = 0.999, ramp: bool = True) -> None:
         super().__init__()

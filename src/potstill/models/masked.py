@@ -171,7 +171,7 @@ class MaskedLM(nn.Module):
     def generate(self, count: int = 8, seed: int = 0, **options: Any) -> list[str]:
         """`count` texts from nothing but masks; options of `samples`."""
         rows = self.samples(torch.arange(count), seed=seed, **options)
-        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        return [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
     def copied(self) -> Self:
         """A copy with weights of its own; the tokenizer is shared."""

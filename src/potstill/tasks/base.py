@@ -19,10 +19,10 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, rows: Tensor, epoch: int = 0) -> Batch: ...
+    def batch(self, rows: Tensor, epoch: int | Tensor = 0) -> Batch: ...
 
 
-def sample_ids(rows: Tensor, epoch: int, size: int) -> Tensor:
+def sample_ids(rows: Tensor, epoch: int | Tensor, size: int) -> Tensor:
     return rows.long() + epoch * size
 
 
@@ -37,7 +37,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, rows: Tensor, epoch: int = 0) -> ImageBatch:
+    def batch(self, rows: Tensor, epoch: int | Tensor = 0) -> ImageBatch:
         ids = sample_ids(rows, epoch, len(self))
         images = self.images[rows]
         return ImageBatch(ids, self.augment(images, ids) if self.augment else images, self.labels[rows])

@@ -162,7 +162,7 @@ def test_a_committee_of_one_is_the_same_bits_whatever_its_prior(tmp_path):
     tiny = {
         "method.images_per_class": 1, "method.recover_steps": 3, "method.epochs": 2, "data.size": 200, "data.test_size": 50,
         "committee": [{"name": "convnet"}], "train.batch": 10, "train.micro_batch": None, "method.init": "noise",
-        "train.trackers": [],
+        "train.trackers": [], "method.priors": None,
     }  # fmt: skip
     images = []
     for name, changes in (

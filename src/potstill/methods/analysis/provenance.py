@@ -260,13 +260,10 @@ def _reported(run: Run, config: Provenance, report: Any, picks: Any, chosen: Any
                note="The classes as the paper tests them, in this order; boosted is the remainder.")  # fmt: skip
     sweep = []
     for beta in (0.05, 0.1, 0.15, 0.3):
-        kinds = [
-            k
-            for t in found
-            for k in classify(
-                *(torch.tensor(t[w]) for w in ("student", "teacher", "distilled")), config.alpha, beta
-            ).tolist()
-        ]
+        kinds: list[int] = []
+        for t in found:
+            p_s, p_t, p_d = (torch.tensor(t[who]) for who in ("student", "teacher", "distilled"))
+            kinds += classify(p_s, p_t, p_d, config.alpha, beta).tolist()
         sweep.append([beta, *[kinds.count(c) / max(1, len(kinds)) for c in range(4)]])
     run.record("2-sweep", "table", "The same for other thresholds", columns=["beta", *CLASSES], rows=sweep)
     shown = [

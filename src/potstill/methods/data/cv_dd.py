@@ -39,6 +39,7 @@ from potstill.evaluation.images import evaluate_classifier
 from potstill.evaluation.pictures import save_grid
 from potstill.methods import Role, method
 from potstill.models.build import freeze
+from potstill.models.spec import ModelSpec
 from potstill.models.taps import batch_statistics, tap_batchnorm
 from potstill.objectives.logits import KD, LogitDistillation
 from potstill.run import Result, Run
@@ -200,7 +201,8 @@ class Relabelled:
 class StoredLabels:
     """A teacher that reads what the committee said."""
 
-    name, gives = "the committee's stored labels", frozenset({FullLogits})
+    name: str = "the committee's stored labels"
+    gives: frozenset[type[Signal]] = frozenset({FullLogits})
 
     def score(self, batch: Batch, need: type[Signal]) -> Signal:
         assert isinstance(batch, SoftBatch) and batch.soft_BV is not None
@@ -305,7 +307,9 @@ def student_on(
     stage, piece = f"{name}-student", run.train.micro_batch or run.train.batch
     stored = run.stage(f"{name}-labels", relabel, data, using, weights, piece, stage)
     data.labels, data.order = stored["labels"], {i: n for n, i in enumerate(stored["ids"].tolist())}
-    student = run.fresh("image_classifier", run.spec("student"), "student")
+    spec = run.spec("student")
+    assert isinstance(spec, ModelSpec)
+    student = run.fresh("image_classifier", spec, "student")
     kd = KD(config.temperature, temperature_squared=False)
     objective = LogitDistillation(
         student, StoredLabels(), kd, optimizer=run.train.optimizer_spec(), cross_entropy=0.0, distillation=1.0

@@ -74,7 +74,7 @@ def vopd(run: Run, config: VOPD) -> Result:
             optimizer=optimizer.model_copy(update={"lr": changes["lr"]}),
             seed=run.seed,
         )
-        run.fit(text, run.tokens(), stage="warm start", **changes)
+        run.fit(text, run.tokens(), stage="warm start", **changes)  # type: ignore[arg-type]
     before = start_of(student)
     objective = TokenDistillation(
         student,
