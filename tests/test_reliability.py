@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from potstill.models.causal import CausalLM
 from potstill.models.denoisers import mlp_denoiser
 from potstill.models.images import mlp
 from potstill.models.masked import mlm_tiny
@@ -41,6 +42,16 @@ def _masked_lm(folder: Path) -> None:
     mlm_tiny(tokenizer=character_tokenizer(text), length=12).save(folder / "masked")
 
 
+def _causal_lm(folder: Path) -> None:
+    text = "\n".join(f"row {i} of a text with words {i * 7 % 13}" for i in range(60))
+    (folder / "text.txt").write_text(text)
+    for seed, role in enumerate(("teacher", "student")):
+        torch.manual_seed(seed)
+        CausalLM.PACKAGED["llama-tiny"](tokenizer=character_tokenizer(text), layers=1, width=16, heads=2).save(
+            folder / role
+        )
+
+
 CASES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {  # what to prepare, recipe, overrides
     "one stage and its control": (
         _classifier,
@@ -56,6 +67,20 @@ CASES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {  # what to p
             "teacher={folder}/masked",
             "train.batch=4",
             "method.eval_samples=4",
+        ],
+    ),
+    "rollouts after a warm start": (
+        _causal_lm,
+        "vopd",
+        [
+            "data={{text: {folder}/text.txt, length: 12, prompt_length: 4}}",
+            "teacher={folder}/teacher",
+            "student={folder}/student",
+            "train.batch=4",
+            "method.warm_start=6",
+            "method.rollouts.max_new_tokens=4",
+            "method.probe=2",
+            "eval.batch=16",
         ],
     ),
 }
