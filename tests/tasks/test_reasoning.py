@@ -23,6 +23,12 @@ def test_chain_sums_are_right_and_split():
     assert reasoning_gym(size=20, test_size=5).train == source.train[:20]
 
 
+def test_no_test_question_is_a_training_question():
+    """Sums of two digits: some two hundred questions, so that independent draws of 60 and 40 meet for certain."""
+    source = reasoning_gym(size=60, test_size=40, options={"min_terms": 2, "max_terms": 2, "max_digits": 1})
+    assert not {row["prompt"] for row in source.test} & {row["prompt"] for row in source.train}
+
+
 def test_options_and_instruction_reach_the_task():
     source = reasoning_gym(
         size=20, test_size=5, instruction="Say the number.", options={"min_terms": 2, "max_terms": 2}
