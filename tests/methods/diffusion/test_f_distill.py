@@ -2,11 +2,14 @@
 
 import copy
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from potstill import recipe as recipes
@@ -231,6 +234,34 @@ def test_micro_batches_change_nothing(divergence):
     assert "bins.means" in whole.state_dict() and not torch.equal(whole.bins.means, torch.ones(3))
     for (name, a), b in zip(whole.state_dict().items(), cut.state_dict().values()):
         assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_two_processes_fill_the_same_time_bins(tmp_path):
+    """torchrun with half of the batch each, against one process with all of it: weights, averages and bins."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import importlib.util, torch\n"
+        "from safetensors.torch import save_file\n"
+        f"spec = importlib.util.spec_from_file_location('t', {__file__!r})\n"
+        "t = importlib.util.module_from_spec(spec); spec.loader.exec_module(t)\n"
+        "objective = t.trained_for_ranks()\n"
+        "assert torch.distributed.get_world_size() == 2\n"
+        "if torch.distributed.get_rank() == 0:\n"
+        f"    save_file(objective.state_dict(), {str(tmp_path / 'two.safetensors')!r})\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29537"]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = load_file(tmp_path / "two.safetensors")
+    for name, value in trained_for_ranks().state_dict().items():
+        assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def trained_for_ranks() -> FDistillation:
+    objective = learned(small(divergence="ForwardKL", ratio_ema=0.5, bins_over="log_sigma", bins=3))
+    spec = TrainSpec(steps=3, batch=6, trackers=[], device="cpu")
+    Trainer(spec).fit(objective, Points(points(20).points_BD))
+    return objective
 
 
 def test_turns():
