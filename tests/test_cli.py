@@ -90,6 +90,22 @@ def test_more_steps_go_on_where_a_run_ended(finished):
         potstill("run", str(finished), "more.steps=-1")
 
 
+def test_the_same_command_goes_on_with_an_interrupted_run_and_only_with_that(tmp_path, models, texts):
+    path, run = recipe(tmp_path, "token_kd", models, texts, steps=2), tmp_path / "run"
+    potstill("run", path, *TINY, f"output={run}")
+    whole = (run / "result.json").read_text()
+    (run / "result.json").unlink()  # as if it had been stopped before its last line
+    with pytest.raises(RunError, match=r"was interrupted. Go on with: potstill resume"):
+        potstill("run", path, *TINY, f"output={run}")
+    with pytest.raises(RunError, match="holds an interrupted run of another recipe"):
+        potstill("run", path, *TINY, "train.seed=1", f"output={run}", "--resume")
+    potstill("run", path, *TINY, f"output={run}", "--resume")
+    assert (run / "result.json").read_text() == whole
+    assert len(journal(run)) == 2
+    with pytest.raises(RunError, match=r"is finished\. Its report: .*report\.html"):
+        potstill("run", path, *TINY, f"output={run}", "--resume")
+
+
 def test_evaluate_measures_the_student_on_other_data(finished, tmp_path):
     other = tmp_path / "other.jsonl"
     rows = [{"text": f"Something else altogether, number {i}, and quite long enough to fill a row."} for i in range(40)]
