@@ -49,7 +49,9 @@ def run(
     recipe: Annotated[str, typer.Argument(help="a shipped recipe (potstill methods), a YAML file, or a finished run")],
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="resolve all, print parameters, memory and time")] = False,
-    go_on: Annotated[bool, typer.Option("--resume", help="go on where the output folder holds this run, interrupted")] = False,
+    go_on: Annotated[
+        bool, typer.Option("--resume", help="go on where the output folder holds this run, interrupted")
+    ] = False,
 ) -> None:
     """Run a recipe. The output folder is runs/NAME unless output=PATH says otherwise."""
     from potstill import recipe as recipes
@@ -73,7 +75,9 @@ def run(
         if (folder / "recipe.yaml").read_text() != recipes.write(plan):
             from potstill.contracts.errors import RunError
 
-            raise RunError(f"{folder} holds an interrupted run of another recipe. Choose another folder with output=PATH.")
+            raise RunError(
+                f"{folder} holds an interrupted run of another recipe. Choose another folder with output=PATH."
+            )
         _execute(plan, folder, new=False)
     else:
         _execute(plan, folder, new=True)
