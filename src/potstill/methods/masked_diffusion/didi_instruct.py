@@ -341,7 +341,7 @@ def didi_instruct(run: Run, config: DiDiInstruct) -> Result:
     run.fit(objective, texts_of(run, teacher, config))
     best = objective.ema.average if objective.ema is not None else student.eval()
     guided = RewardGuided(objective.discriminator, config.guidance)
-    models = {"teacher": (teacher, ancestral), "student": (best, ancestral), "guided": (best, guided)}
+    models: dict[str, Any] = {"teacher": (teacher, ancestral), "student": (best, ancestral), "guided": (best, guided)}
     metrics = judged(
         run, models, config.eval_steps, samples=config.eval_samples, order=config.judge_order, schedule=config.schedule
     )
