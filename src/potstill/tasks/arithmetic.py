@@ -14,7 +14,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def arithmetic(size: int = 4000, test_size: int = 200, terms: int = 3, largest: int = 30, seed: int = 0) -> Source:
+def arithmetic(size: int = 4000, test_size: int = 200, terms: int = 3, largest: int = 20, seed: int = 0) -> Source:
     """Prompts such as "12+7+5=", completed step by step: "12+7=19. 19+5=24. The answer is 24."
 
     Rows have prompt, completion, answer, and `shortcut`, the answer without its steps: another way to solve the same.
@@ -36,7 +36,7 @@ def arithmetic(size: int = 4000, test_size: int = 200, terms: int = 3, largest: 
             f"arithmetic has only {len(problems)} different problems here. Ask for fewer rows, or larger numbers."
         )
     rows = [_row(numbers) for numbers in problems[: size + test_size]]
-    settings = {"causal_lm": {"steps": 500, "batch": 32, "lr": 3e-3, "schedule": "cosine", "warmup": 30, "clip": 1.0}}
+    settings = {"causal_lm": {"steps": 2500, "batch": 64, "lr": 2e-3, "schedule": "cosine", "warmup": 30, "clip": 1.0}}
     return Source(
         "arithmetic", "prompts", rows[test_size:], rows[:test_size], models=MODELS, teacher=settings, grade=grade
     )
