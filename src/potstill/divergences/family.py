@@ -490,10 +490,9 @@ def _log_mix(u: Tensor, w: float) -> Tensor:
     """log(w e^u + 1 - w): exactly 0 at u = 0, and no overflow far from it."""
     if w in (0.0, 1.0):
         return w * u
-    near = u.abs() < 1
-    close = torch.log1p(w * torch.expm1(u.masked_fill(~near, 0.0)))
-    far = torch.logaddexp(u + math.log(w), torch.full_like(u, math.log1p(-w)))
-    return torch.where(near, close, far)
+    above = u > 0  # measured from the larger of both, so that one exponential serves near 0 and far from it
+    below = torch.expm1(torch.where(above, -u, u))
+    return torch.where(above, u + torch.log1p((1 - w) * below), torch.log1p(w * below))
 
 
 def _chi2(log_a: Tensor, log_b: Tensor) -> Tensor:
