@@ -21,9 +21,13 @@ class FullLogits(Signal):
 
 @dataclass(frozen=True)
 class HiddenAndHead(Signal):
+    """Last hidden states and the output layer; logits are softcap tanh(scale (h W^T + b) / softcap), uncapped if None."""
+
     hidden_ND: Tensor
     head_VD: Tensor
     bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from potstill.divergences.family import (
     entropy,
     kl,
 )
+from potstill.divergences.linear import LinearDivergence, RowStatistics, linear_divergence
 from potstill.divergences.logits import dist_terms, dkd_terms, kd, standardize
 from potstill.divergences.normalisers import TimeBins, batch_normalised, ratio_from_logits
 from potstill.divergences.supports import Full, Support, TopK, log_mass, log_probs, tail_logp
@@ -36,10 +37,12 @@ __all__ = [
     "Full",
     "Jeffreys",
     "JensenShannon",
+    "LinearDivergence",
     "Mixture",
     "NeymanChi2",
     "PearsonChi2",
     "ReverseKL",
+    "RowStatistics",
     "SampledReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",
@@ -55,6 +58,7 @@ __all__ = [
     "entropy",
     "kd",
     "kl",
+    "linear_divergence",
     "log_mass",
     "log_probs",
     "ratio_from_logits",
