@@ -284,6 +284,8 @@ def test_padded_vocabularies_are_impossible_tokens():
     got = gradients(out.total, case.leaves[:2])
     assert_close(got, gradients(plain, case.leaves[:2]))
     assert (got[1][20:] == 0).all()
+    logits = FullLogits(wide.hidden_ND @ wide.head_VD.T)
+    assert_close(linear_divergence(JensenShannon(), case.hidden, case.head, teacher=logits, vocabulary=20).total, plain)
 
 
 def test_shapes_of_positions_are_kept():
@@ -333,6 +335,19 @@ def test_a_processor_that_is_slow_in_low_precision_multiplies_tiles(monkeypatch)
     assert_close(tiles.total, Case(torch.bfloat16).fused(JensenShannon()).total, rtol=1e-3, atol=1e-3)
     monkeypatch.setattr(module, "TILE", 2**22)
     assert_close(gradients(tiles.total, case.leaves), gradients(case.fused(JensenShannon()).total, case.leaves))
+
+
+def test_many_chunks_do_not_stall_in_low_precision(monkeypatch):
+    """600 equal positions, one a chunk, multiplied in bfloat16: added up in bfloat16 they would stop growing at 256."""
+    monkeypatch.setattr(module, "_fast_in_low", lambda: True)
+    case = Case(torch.bfloat16)
+    hidden, theirs, table = case.hidden[:1].detach(), case.teacher.hidden_ND[:1], case.teacher.head_VD
+    many = HiddenAndHead(theirs.expand(600, -1), table)
+    total = linear_divergence(ForwardKL(), hidden.expand(600, -1), case.head, teacher=many, chunk=1).total
+    log_p, log_q = log_probs(theirs.float() @ table.float().T), log_probs(hidden.float() @ case.head.float().T)
+    (expected,) = gradients(ForwardKL()(teacher_logp=log_p, student_logp=log_q).sum(), [case.head])
+    (got,) = gradients(total, [case.head])
+    assert_close(got.float(), 600 * expected.float(), rtol=0.05, atol=0.05 * 600 * expected.abs().max().item())
 
 
 def test_gradcheck():

@@ -186,7 +186,7 @@ class _Rows:
         stats = RowStatistics(value, None if self.kept_only else entropy(log_q), teacher_entropy)
         if tokens_M is not None and not self.kept_only:
             stats = stats._replace(student_logp=log_q.gather(-1, tokens_M[:, None])[:, 0], teacher_logp=teacher_logp)
-        weights_M = weights_M if self.weigh is None else weights_M * self.weigh(stats).to(weights_M.dtype)
+        weights_M = weights_M if self.weigh is None else self.weigh(stats).to(weights_M.dtype)
         if gradient:
             inner = pulled - log_q.exp() * pulled.sum(-1, keepdim=True)  # back through the normalisation
             scaled = weights_M[:, None] / self.temperature * inner
