@@ -234,7 +234,8 @@ class _Engine:
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         weights = torch.ones(total, dtype=dtype, device=device) if weights_N is None else weights_N.detach().to(dtype)
         where = torch.arange(total, device=device) if weights_N is None else weights.nonzero()[:, 0]
-        used, columns = torch.zeros_like(weights), []
+        used = torch.zeros_like(weights)
+        found: list[Tensor | None] | None = None
         wide = torch.promote_types(head_VD.dtype, torch.float32)  # sums over chunks are kept in it
         gradients = [
             torch.zeros_like(hidden_ND) if wanted[0] else None,
@@ -250,7 +251,7 @@ class _Engine:
                 logits_MV, teacher_MV, ids_MK = chunk.logits(some)
                 for rows in _blocks(len(positions), block):
                     at = positions[rows]
-                    used[at], found = _row_function(self.rows, self.compiled and len(at) == block)(
+                    used[at], seen = _row_function(self.rows, self.compiled and len(at) == block)(
                         logits_MV[rows],
                         teacher_MV[rows],
                         None if ids_MK is None else ids_MK[rows],
@@ -259,17 +260,17 @@ class _Engine:
                         None if self.sampled_N is None else self.sampled_N[at],
                         any(wanted),
                     )
-                    columns.append(found)
+                    # Written into place: small results that stay would break up the memory between large ones.
+                    found = found or [None if x is None else x.new_zeros(total) for x in seen]
+                    for column, x in zip(found, seen, strict=True):
+                        if column is not None and x is not None:
+                            column[at] = x
                 chunk.back(some, logits_MV, gradients)
         if into is None and gradients[1] is not None:
             gradients[1] = gradients[1].to(head_VD.dtype)
         if gradients[2] is not None:
             gradients[2] = gradients[2].to(cast(Tensor, bias_V).dtype)
-        if not columns:
-            return used, RowStatistics(*[torch.zeros_like(weights)] * 5), gradients
-        parts = (None if x[0] is None else torch.cat(x) for x in zip(*columns, strict=True))
-        spread = (None if x is None else x.new_zeros(total).index_put((where,), x) for x in parts)
-        return used, RowStatistics(*cast(Any, spread)), gradients
+        return used, RowStatistics(*cast(Any, found or [torch.zeros_like(weights)] * 5)), gradients
 
     def _sizes(self, positions: int, head_VD: Tensor) -> tuple[int, int]:
         """How many positions make a chunk, and how many rows a block of row-wise work."""
