@@ -34,11 +34,17 @@ class FDivergence:
     @property
     def at_zero(self) -> float:
         """f(0): the cost of a unit of student mass where the teacher has none. Read off numerically unless given."""
-        return _limit(self.f(-_FAR))
+        return float(self._seen_at_zero())
 
     @property
     def at_infinity(self) -> float:
         """lim f(r) / r: the cost of a unit of teacher mass where the student has none."""
+        return float(self._seen_at_infinity())
+
+    def _seen_at_zero(self) -> Tensor:
+        return _limit(self.f(-_FAR))
+
+    def _seen_at_infinity(self) -> Tensor:
         return _limit(self.f(_FAR) / _FAR.exp())
 
     def _entry(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -51,8 +57,16 @@ class FDivergence:
         no_p, no_q = log_p == -INF, log_q == -INF
         border = no_p | no_q  # -inf must reach no arithmetic: 0 * inf is NaN, in the value or in the gradient
         values = self._entry(log_p.masked_fill(border, 0.0), log_q.masked_fill(border, 0.0)).masked_fill(border, 0.0)
-        values = _charge(values, log_q, no_p & ~no_q, self.at_zero)
-        return _charge(values, log_p, no_q & ~no_p, self.at_infinity)
+        member, base = type(self), FDivergence  # costs that are read off stay tensors, which a compiler can trace
+        zero = self._seen_at_zero() if member.at_zero is base.at_zero else self.at_zero
+        infinity = self._seen_at_infinity() if member.at_infinity is base.at_infinity else self.at_infinity
+        values = _charge(values, log_q, no_p & ~no_q, zero)
+        return _charge(values, log_p, no_q & ~no_p, infinity)
+
+    def nonnegative_entries(self, *, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """The entries of the generator f(r) - f'(1) (r - 1), [*P, V]: the same sum of normalised rows, none negative."""
+        values = self.entries(teacher_logp=teacher_logp, student_logp=student_logp)
+        return values - self._slope() * (teacher_logp.to(values.dtype).exp() - student_logp.to(values.dtype).exp())
 
     def __call__(self, *, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
         """The divergence in nats, [*P, V] and [*P, V] -> [*P], in float32 or better.
@@ -66,10 +80,35 @@ class FDivergence:
 
         With F(u) = f(e^u) it is F''(u) - F'(u); in float64, because the two cancel at large ratios.
         """
-        first = torch.func.grad(lambda u: self.f(u).sum())
-        second = torch.func.grad(lambda u: first(u).sum())
+        second = torch.func.grad(lambda u: self._first(u).sum())
         u = log_ratio.detach().double()
-        return (second(u) - first(u)).to(torch.promote_types(log_ratio.dtype, torch.float32))
+        return (second(u) - self._first(u)).to(torch.promote_types(log_ratio.dtype, torch.float32))
+
+    def slope(self, log_ratio: Tensor) -> Tensor:
+        """f'(r), elementwise and differentiable; the gradient law d D / d log p_v = p_v f'(r_v).
+
+        With F(u) = f(e^u) it is e^-u F'(u), in float64. At a kink (TotalVariation at r = 1) one of the subgradients.
+        """
+        u = log_ratio.double()
+        return (self._first(u) * (-u).exp()).to(torch.promote_types(log_ratio.dtype, torch.float32))
+
+    def conjugate_at(self, log_ratio: Tensor) -> Tensor:
+        """f*(f'(r)) = r f'(r) - f(r), elementwise and differentiable: the convex conjugate f*(t) = max_r (r t - f(r)) at
+        the slope t = f'(r), without solving for r. With F(u) = f(e^u) it is F'(u) - F(u); at r = 0 it is -f(0).
+
+        The gradient law d D / d log q_v = -q_v f*(f'(r_v)), so that -f*(f'(r)) log q of a token sampled from q (the first
+        factor detached) has the divergence's gradient on average. And the variational form
+        D = E_p f'(r) - E_q f*(f'(r)), which any other r only lowers (f-GAN, arXiv 1606.00709, Eq. 4).
+        """
+        u = log_ratio.double()
+        never = u == -INF
+        inside = u.masked_fill(never, 0.0)
+        value = (self._first(inside) - self.f(inside)).masked_fill(never, -self.at_zero)
+        return value.to(torch.promote_types(log_ratio.dtype, torch.float32))
+
+    def _first(self, u: Tensor) -> Tensor:
+        """F'(u) = r f'(r)."""
+        return torch.func.grad(lambda u: self.f(u).sum())(u)
 
     def estimate(self, log_ratio: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
         """A detached metric on tokens sampled from the student q; its mean over them estimates this divergence.
@@ -91,12 +130,12 @@ class FDivergence:
             return curvature * log_ratio.square() / 2
         never = log_ratio == -INF  # the teacher gives the sampled token no mass
         inside = log_ratio.masked_fill(never, 0.0)
-        slope = self._slope() if kind == "k3" else 0.0
+        slope = self._slope() if kind == "k3" else torch.zeros(())
         return (self.f(inside) - slope * torch.expm1(inside)).masked_fill(never, self.at_zero + slope)
 
-    def _slope(self) -> float:
-        """f'(1)."""
-        return float(torch.func.grad(self.f)(torch.zeros((), dtype=torch.float64)))
+    def _slope(self) -> Tensor:
+        """f'(1), a float64 scalar."""
+        return self.slope(torch.zeros((), dtype=torch.float64))
 
 
 Part(FDivergence)  # recipes write a combinator's members by name too
@@ -369,16 +408,37 @@ class Mixture(FDivergence):
                 f"Mixture: the weight has shape {list(weight.shape)}, but the positions are {list(first.shape[:-1])}. "
                 "Give one weight a position, or a scalar."
             )
-        w = weight.to(first.dtype).unsqueeze(-1)
-        # A part of weight 0 is absent: 0 * inf must not be NaN.
-        return (w * first).masked_fill(w == 0, 0.0) + ((1 - w) * second).masked_fill(w == 1, 0.0)
+        return _blend(first, second, weight)
 
     def __call__(self, *, teacher_logp: Tensor, student_logp: Tensor, weight: Tensor | None = None) -> Tensor:
         return self.entries(teacher_logp=teacher_logp, student_logp=student_logp, weight=weight).sum(-1)
 
 
+class _Gated(FDivergence):
+    """Base of mixtures whose weight depends on the position: gate * high + (1 - gate) * low."""
+
+    high: FDivergence
+    low: FDivergence
+
+    def gate(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """The weight of `high`, [*P], detached."""
+        raise NotImplementedError
+
+    def f(self, log_ratio: Tensor) -> Tensor:
+        raise _no_generator(self, "its mixture depends on the position")
+
+    def entries(self, *, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        pair = {"teacher_logp": teacher_logp, "student_logp": student_logp}
+        return _blend(self.high.entries(**pair), self.low.entries(**pair), self.gate(teacher_logp, student_logp))
+
+    def nonnegative_entries(self, *, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        pair = {"teacher_logp": teacher_logp, "student_logp": student_logp}
+        high, low = self.high.nonnegative_entries(**pair), self.low.nonnegative_entries(**pair)
+        return _blend(high, low, self.gate(teacher_logp, student_logp))
+
+
 @dataclass(frozen=True)
-class EntropyGated(FDivergence):
+class EntropyGated(_Gated):
     """Per position g * high + (1 - g) * low with g = min(H(p) / log(levels), 1), detached, H the teacher's entropy.
 
     Forward KL where the teacher is unsure (it covers), reverse KL where it is certain (it seeks). The gate is
@@ -394,44 +454,79 @@ class EntropyGated(FDivergence):
         if not self.levels > 1.0:
             raise RecipeError(f"EntropyGated.levels must be above 1, got {self.levels}.")
 
-    def f(self, log_ratio: Tensor) -> Tensor:
-        raise _no_generator(self, "its mixture depends on the position")
-
-    def gate(self, teacher_logp: Tensor) -> Tensor:
-        """The weight of `high`, [*P]."""
+    def gate(self, teacher_logp: Tensor, student_logp: Tensor | None = None) -> Tensor:
         return (entropy(teacher_logp.detach()) / math.log(self.levels)).clamp(0.0, 1.0)
 
-    def entries(self, *, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        pair = {"teacher_logp": teacher_logp, "student_logp": student_logp}
-        return Mixture(self.high, self.low).entries(**pair, weight=self.gate(teacher_logp))
+
+@dataclass(frozen=True)
+class Adaptive(_Gated):
+    """AKL: g * high + (1 - g) * low per position, g = gap(head) / (gap(head) + gap(tail)), detached, gap = sum |p - q|.
+
+    The head is the teacher's likeliest outcomes, as few as reach `head_mass`: forward KL weighs by how wrong the student
+    is there, reverse KL by how wrong it is in the tail. Both are over all outcomes. Not of f-form, and g depends on q,
+    so no convexity; still 0 exactly at p = q, where g, 0 / 0, is 0.
+    Source: AKL, arXiv 2404.02657 (mu = head_mass = 0.5), as STAR states it (arXiv 2602.03022). Outcomes as likely as the
+    last of the head belong to it as well, so that the order of the vocabulary is free; code that leaves the outcome
+    which crosses `head_mass` to the tail differs. Sorts the teacher's row.
+    """
+
+    high: FDivergence = ForwardKL()
+    low: FDivergence = ReverseKL()
+    head_mass: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.head_mass < 1.0:
+            raise RecipeError(
+                f"Adaptive.head_mass must lie strictly between 0 and 1, got {self.head_mass}. "
+                "For one KL alone write ForwardKL (p || q) or ReverseKL (q || p)."
+            )
+
+    @torch.no_grad()
+    def gate(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        p, q = (x.exp() for x in _pair("Adaptive", teacher_logp, student_logp))
+        ordered = p.sort(-1, descending=True).values
+        before = ordered.cumsum(-1) - ordered
+        last = ordered.masked_fill(before >= self.head_mass, INF).amin(-1, keepdim=True)
+        gap = (p - q).abs()
+        total = gap.sum(-1)
+        return gap.masked_fill(p < last, 0.0).sum(-1) / total.masked_fill(total == 0, 1.0)
 
 
 @dataclass(frozen=True)
 class Clipped(FDivergence):
-    """sum_v min(entry_v, limit): no single outcome counts for more than `limit` nats (OPSD, arXiv 2601.18734).
+    """Nothing counts for more than `limit` nats: sum_v min(entry_v, limit), or min(sum_v entry_v, limit).
 
-    The entries clipped are those of the non-negative generator f(r) - f'(1) (r - 1), so that the value stays 0 at p = q
-    and positive elsewhere. `raw=True` clips q f(r) itself, as OPSD's code does: its entries are signed for the KLs, so
-    the value can fall below 0 and the minimum need not be at p = q. An infinite limit is the divergence itself.
+    per "entry": of the single outcomes (OPSD, arXiv 2601.18734, tau = 0.05). The entries clipped are those of the
+    non-negative generator f(r) - f'(1) (r - 1), so that the value stays 0 at p = q and positive elsewhere. `raw=True`
+    clips q f(r) itself, as OPSD's code does: its entries are signed for the KLs, so the value can fall below 0 and the
+    minimum need not be at p = q.
+    per "position": of the whole value (UniSD, arXiv 2605.06597, kappa = 10); a position above it has no gradient.
+    An infinite limit is the divergence itself.
     """
 
     divergence: FDivergence = ForwardKL()
     limit: float = 0.05
     raw: bool = False
+    per: Literal["entry", "position"] = "entry"
 
     def __post_init__(self) -> None:
         if not self.limit > 0.0:
-            raise RecipeError(f"Clipped.limit must be positive (nats per outcome), got {self.limit}.")
+            raise RecipeError(f"Clipped.limit must be positive (nats), got {self.limit}.")
+        one_of(self, "per", self.per, ("entry", "position"))
+        if self.raw and self.per == "position":
+            raise RecipeError("Clipped.raw is about single entries, and per 'position' clips their sum. Leave raw out.")
 
     def f(self, log_ratio: Tensor) -> Tensor:
         raise _no_generator(self, "clipping acts on q f(r), not on f")
 
     def entries(self, *, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        values = self.divergence.entries(teacher_logp=teacher_logp, student_logp=student_logp)
-        if not self.raw:
-            slope = self.divergence._slope()
-            values = values - slope * (teacher_logp.to(values.dtype).exp() - student_logp.to(values.dtype).exp())
-        return values.clamp_max(self.limit)
+        pair = {"teacher_logp": teacher_logp, "student_logp": student_logp}
+        if self.per == "entry":
+            part = self.divergence
+            return (part.entries(**pair) if self.raw else part.nonnegative_entries(**pair)).clamp_max(self.limit)
+        values = self.divergence.entries(**pair)
+        over = values.sum(-1, keepdim=True) > self.limit
+        return torch.where(over, self.limit / values.shape[-1], values)  # constants that sum to the limit
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -455,12 +550,11 @@ def one_of(part: object, option: str, value: object, allowed: tuple[str, ...]) -
 _FAR = torch.tensor([300.0, 600.0], dtype=torch.float64)  # two log-ratios at the edge of what float64 can hold
 
 
-def _limit(values: Tensor) -> float:
+def _limit(values: Tensor) -> Tensor:
     """The limit of a generator seen at two far points: their value when they agree, else +inf."""
-    near, far = values.tolist()
-    if not math.isclose(near, far, rel_tol=1e-9, abs_tol=1e-12):
-        return INF
-    return far if abs(far) > 1e-12 else 0.0
+    near, far = values
+    far = far.masked_fill(far.abs() <= 1e-12, 0.0)
+    return far.masked_fill(~torch.isclose(near, far, rtol=1e-9, atol=1e-12), INF)
 
 
 def _pair(name: str, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
@@ -473,13 +567,27 @@ def _pair(name: str, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor
     return teacher_logp.to(dtype), student_logp.to(dtype)
 
 
-def _charge(values: Tensor, logp: Tensor, where: Tensor, cost: float) -> Tensor:
+def _charge(values: Tensor, logp: Tensor, where: Tensor, cost: float | Tensor) -> Tensor:
     """Set values to cost * exp(logp) at `where`; an infinite cost stays infinite when exp underflows."""
+    if isinstance(cost, Tensor):
+        infinite = cost == INF
+        values = _charge_by(values, logp, where, cost.masked_fill(infinite, 0.0))
+        return values.masked_fill(where & infinite, INF)
     if cost == 0.0:
         return values
     if math.isinf(cost):
         return values.masked_fill(where, cost)
+    return _charge_by(values, logp, where, cost)
+
+
+def _charge_by(values: Tensor, logp: Tensor, where: Tensor, cost: float | Tensor) -> Tensor:
     return torch.where(where, cost * logp.masked_fill(~where, 0.0).exp(), values)
+
+
+def _blend(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    """weight * first + (1 - weight) * second, [*P, V] with a weight [*P]; a part of weight 0 is absent, even if inf."""
+    w = weight.to(first.dtype).unsqueeze(-1)
+    return (w * first).masked_fill(w == 0, 0.0) + ((1 - w) * second).masked_fill(w == 1, 0.0)
 
 
 def _log(x: float) -> float:
