@@ -204,6 +204,22 @@ def test_weights_that_the_row_gives_are_not_differentiated():
     assert_close(gradients(out.total, case.leaves), gradients(plain, case.leaves))
 
 
+@pytest.mark.parametrize("teacher", ["hidden", "top-k"])
+def test_another_divergence_looked_at_on_the_way(teacher):
+    case = Case()
+    log_p, log_q = case.logits()
+    support = Full() if teacher == "hidden" else TopK(4)
+    given = {"teacher": TopKLogp(*log_p.topk(4, -1))} if teacher == "top-k" else {}
+    pair = dict(zip(("teacher_logp", "student_logp"), support(teacher_logp=log_p, student_logp=log_q), strict=True))
+    plain = JensenShannon()(**pair).sum()
+    out = case.fused(JensenShannon(), weights=None, support=support, also=SquaredHellinger(), **given)
+    assert_close(out.also, SquaredHellinger()(**pair).detach())
+    assert not out.also.requires_grad
+    assert_close(gradients(out.total, case.leaves), gradients(plain, case.leaves))
+    sampled = case.fused(SampledReverseKL(), weights=None, tokens=case.tokens, also=ReverseKL())
+    assert_close(sampled.also, ReverseKL()(teacher_logp=log_p, student_logp=log_q).detach())
+
+
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_what_needs_no_gradient_gets_none(frozen):
     case = Case()

@@ -24,6 +24,7 @@ from potstill.divergences.supports import Full, Support, TopK, log_mass, tail_lo
 
 CHUNK_BYTES = 2**26  # of one buffer of logits; two are held
 CHUNK_ROWS = 512  # above it the products gain nothing
+GPU_ROWS = 128  # rows of one pass of row-wise work on an accelerator
 BLOCK = 2**18  # logits in one pass of row-wise work: about what a core's second-level cache holds
 TILE = 2**22  # entries of a head that are converted at once where the processor multiplies its type slowly
 
@@ -40,6 +41,7 @@ class RowStatistics(NamedTuple):
     teacher_entropy: Tensor | None = None
     student_logp: Tensor | None = None
     teacher_logp: Tensor | None = None
+    also: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class LinearDivergence:
     teacher_entropy: Tensor | None
     student_logp: Tensor | None
     teacher_logp: Tensor | None
+    also: Tensor | None
 
 
 def linear_divergence(
@@ -75,6 +78,7 @@ def linear_divergence(
     compiled: bool = False,
     differentiable_values: bool = False,
     grad_scale: float | None = None,
+    also: FDivergence | None = None,
 ) -> LinearDivergence:
     """sum_n w_n D(p_n, q_n) with log q = log softmax(bend(hidden @ head.T + bias) / temperature), p likewise.
 
@@ -95,6 +99,7 @@ def linear_divergence(
         are made again in the backward pass.
     grad_scale: the factor that `total` will have in the loss. Where known beforehand, and `student_head.grad` exists,
         the head's gradient is added there during the forward pass, with no buffer of its own.
+    also: another divergence to look at on the way, over the same support; never differentiated.
 
     The gradient is made in the forward pass, once: a second backward pass through the same call is refused, and so is
     differentiating twice. Computed in float32 or better, also under autocast; bfloat16 heads are multiplied in float32
@@ -124,7 +129,7 @@ def linear_divergence(
             "a function of the row cannot be one of them. Multiply the values by your weights yourself."
         )
     kept_only = isinstance(flat, TopKLogp) and isinstance(part, Exact) and _tail(part.support) == "renormalize"
-    rows = _Rows(part, temperature, (student_scale, student_softcap), _bend(flat), weigh, kept_only)
+    rows = _Rows(part, temperature, (student_scale, student_softcap), _bend(flat), weigh, also, kept_only)
     engine = _Engine(rows, flat, given[0], given[1], size, chunk, compiled, torch.is_grad_enabled())
     if differentiable_values:
         out = cast(tuple[Tensor | None, ...], _Again.apply(*own, engine, weights_N))
@@ -147,6 +152,7 @@ class _Rows:
     student_bend: tuple[float, float | None]
     teacher_bend: tuple[float, float | None]
     weigh: Callable[[RowStatistics], Tensor] | None
+    also: FDivergence | None
     kept_only: bool = False  # the columns are a support's, so that nothing is known of the others
 
     def __call__(
@@ -163,16 +169,16 @@ class _Rows:
         teacher_logp: Tensor | None = None
         logits, slope = _bent(student_MV, self.student_bend, gradient)
         log_q = _log_softmax(logits / self.temperature if self.temperature != 1.0 else logits)
-        compared: Callable[[Tensor], Tensor]
+        compared: Callable[..., Tensor]
         if ids_MK is not None:
             known = teacher_MV.to(log_q.dtype)
-            compared = lambda log_q: self._on_known(known, ids_MK, log_q)
+            compared = lambda log_q, part=None: self._on_known(known, ids_MK, log_q, part)
             tail = known if self.kept_only else torch.cat([known, tail_logp(known)[:, None]], -1)
             teacher_entropy = entropy(tail)
         else:
             z = _bent(teacher_MV, self.teacher_bend, False)[0]
             log_p = _log_softmax(z / self.temperature if self.temperature != 1.0 else z)
-            compared = lambda log_q: self._on_rows(log_p, log_q, tokens_M, sampled_M)
+            compared = lambda log_q, part=None: self._on_rows(log_p, log_q, tokens_M, sampled_M, part)
             teacher_entropy = entropy(log_p)
             if tokens_M is not None:
                 teacher_logp = log_p.gather(-1, tokens_M[:, None])[:, 0]
@@ -186,6 +192,8 @@ class _Rows:
         stats = RowStatistics(value, None if self.kept_only else entropy(log_q), teacher_entropy)
         if tokens_M is not None and not self.kept_only:
             stats = stats._replace(student_logp=log_q.gather(-1, tokens_M[:, None])[:, 0], teacher_logp=teacher_logp)
+        if self.also is not None:
+            stats = stats._replace(also=compared(log_q, self.also).sum(-1))
         weights_M = weights_M if self.weigh is None else self.weigh(stats).to(weights_M.dtype)
         if gradient:
             inner = pulled - log_q.exp() * pulled.sum(-1, keepdim=True)  # back through the normalisation
@@ -193,12 +201,22 @@ class _Rows:
             student_MV.copy_(scaled if slope is None else scaled * slope)
         return weights_M, stats
 
-    def _on_rows(self, log_p: Tensor, log_q: Tensor, tokens_M: Tensor | None, sampled_M: Tensor | None) -> Tensor:
-        if isinstance(self.part, Exact) and isinstance(self.part.support, Full):
-            return self.part.divergence.entries(teacher_logp=log_p, student_logp=log_q)
+    def _on_rows(
+        self,
+        log_p: Tensor,
+        log_q: Tensor,
+        tokens_M: Tensor | None,
+        sampled_M: Tensor | None,
+        also: FDivergence | None,
+    ) -> Tensor:
+        if isinstance(self.part, Exact) and (also is not None or isinstance(self.part.support, Full)):
+            teacher, student = self.part.support(teacher_logp=log_p, student_logp=log_q)
+            return (also or self.part.divergence).entries(teacher_logp=teacher, student_logp=student)
+        if also is not None:
+            return also.entries(teacher_logp=log_p, student_logp=log_q)
         return self.part.per_position(log_p, log_q, cast(Tensor, tokens_M), sampled_M)
 
-    def _on_known(self, known: Tensor, ids_MK: Tensor, log_q: Tensor) -> Tensor:
+    def _on_known(self, known: Tensor, ids_MK: Tensor, log_q: Tensor, also: FDivergence | None) -> Tensor:
         """The divergence on the k outcomes that the teacher gave, with its tail."""
         part = cast(Exact, self.part)
         tail = _tail(part.support)
@@ -208,7 +226,7 @@ class _Rows:
         if tail == "bucket":
             rest = log_mass(log_q.scatter(-1, ids_MK, -math.inf))
             known, kept = torch.cat([known, tail_logp(known)[:, None]], -1), torch.cat([kept, rest[:, None]], -1)
-        return part.divergence.entries(teacher_logp=known, student_logp=kept)
+        return (also or part.divergence).entries(teacher_logp=known, student_logp=kept)
 
 
 @dataclass
@@ -270,7 +288,7 @@ class _Engine:
             gradients[1] = gradients[1].to(head_VD.dtype)
         if gradients[2] is not None:
             gradients[2] = gradients[2].to(cast(Tensor, bias_V).dtype)
-        return used, RowStatistics(*cast(Any, found or [torch.zeros_like(weights)] * 5)), gradients
+        return used, RowStatistics(*cast(Any, found or [torch.zeros_like(weights)] * 6)), gradients
 
     def _sizes(self, positions: int, head_VD: Tensor) -> tuple[int, int]:
         """How many positions make a chunk, and how many rows a block of row-wise work."""
@@ -281,9 +299,8 @@ class _Engine:
         )
         size = self.chunk or min(CHUNK_ROWS, max(1, CHUNK_BYTES // (4 * width)))
         size = max(1, min(size, positions))
-        if head_VD.device.type != "cpu":
-            return size, size
-        block = min(size, max(torch.get_num_threads(), BLOCK // self.vocabulary))
+        wanted = GPU_ROWS if head_VD.device.type != "cpu" else max(torch.get_num_threads(), BLOCK // self.vocabulary)
+        block = size if self.rows.kept_only else min(size, wanted)
         return size - size % block, block
 
 
