@@ -118,7 +118,20 @@ def test_events_by_hand():
     reverse = 0.2 * math.log(0.2 / 0.5) + 0.8 * math.log(0.8 / 0.5)
     for d, expected in ((ForwardKL(), forward), (ReverseKL(), reverse), (TotalVariation(), 0.3)):
         assert event_divergence(d, teacher_logp=p, student_logp=q).item() == pytest.approx(expected, rel=1e-5)
-    assert event_divergence(ForwardKL(), teacher_logp=p.bfloat16(), student_logp=q.bfloat16()).dtype == torch.float32
+
+
+def test_the_gradient_of_an_event_by_hand():
+    """d/d log q of -p log q - (1 - p) log(1 - q) is (q - p) / (1 - q): the part that is not the event pulls too."""
+    p, q = torch.tensor([0.5, 0.2]).log(), torch.tensor([0.2, 0.9]).log().requires_grad_()
+    value = event_divergence(ForwardKL(), teacher_logp=p, student_logp=q)
+    assert gradient(value.sum(), q).tolist() == pytest.approx([(0.2 - 0.5) / 0.8, (0.9 - 0.2) / 0.1], rel=1e-5)
+
+
+def test_events_in_bfloat16_lose_only_their_input():
+    p, q = torch.tensor([-0.013, -3.1]).bfloat16(), torch.tensor([-0.37, -0.0021]).bfloat16()
+    found = event_divergence(ForwardKL(), teacher_logp=p, student_logp=q)
+    assert found.dtype == complement_logp(p).dtype == torch.float32
+    assert_close(found, event_divergence(ForwardKL(), teacher_logp=p.float(), student_logp=q.float()))
 
 
 @pytest.mark.parametrize("d", [ForwardKL(), ReverseKL(), JensenShannon(0.3), TotalVariation()], ids=repr)

@@ -57,7 +57,7 @@ def complement_logp(logp: Tensor) -> Tensor:
     logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
     certain, likely = logp >= 0, logp > -math.log(2)
     small = torch.log1p(-logp.masked_fill(likely, -INF).exp())
-    large = torch.log(-torch.expm1(logp.masked_fill(certain | ~likely, -1.0)))
+    large = torch.log(-torch.expm1(logp.masked_fill(certain, -1.0)))
     return torch.where(likely, large, small).masked_fill(certain, -INF)
 
 
