@@ -402,7 +402,7 @@ class Mixture(FDivergence):
         first = self.first.entries(teacher_logp=teacher_logp, student_logp=student_logp)
         second = self.second.entries(teacher_logp=teacher_logp, student_logp=student_logp)
         if weight is None:
-            weight = first.new_tensor(self.weight)
+            weight = first.new_full((), self.weight)
         elif weight.dim() and weight.shape != first.shape[:-1]:
             raise ModelError(
                 f"Mixture: the weight has shape {list(weight.shape)}, but the positions are {list(first.shape[:-1])}. "
@@ -624,5 +624,5 @@ def _mixed(w: float, first: float, second: float) -> float:
 def _no_generator(part: object, why: str) -> RecipeError:
     return RecipeError(
         f"{type(part).__name__} has no generator f: {why}. "
-        "Score weights and estimates need a plain member, such as ReverseKL."
+        "Score weights, conjugates and estimates need a plain member, such as ReverseKL."
     )
