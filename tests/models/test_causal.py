@@ -138,17 +138,21 @@ def test_counted_positions_are_predicted_from_the_tokens_before():
         model.counted_logits(batch)
 
 
-@pytest.mark.parametrize("family", ["llama", "cohere2", "granite", "opt"])
-def test_linear_head(family):
+@pytest.mark.parametrize("family", ["llama", "cohere2", "granite", "opt", "gemma2"])
+def test_the_head_as_one_linear_map(family):
     model = model_of(family)
-    hidden = model.hidden(tokens(2, 4))
-    weight, bias = model.linear_head
-    assert_close(torch.nn.functional.linear(hidden, weight, bias), model.head(hidden))
+    given = model.with_head(model.hidden(tokens(2, 4)))
+    logits = torch.nn.functional.linear(given.hidden_ND, given.head_VD, given.bias_V) * given.scale
+    assert_close(
+        given.softcap * torch.tanh(logits / given.softcap) if given.softcap else logits, model.head(given.hidden_ND)
+    )
 
 
-def test_soft_cap_is_no_linear_head():
-    with pytest.raises(ModelError, match="not one linear map"):
-        _ = model_of("gemma2").linear_head
+def test_an_adapted_output_layer_is_no_linear_map():
+    model = model_of("llama").with_lora(LoraSpec(targets=["lm_head"]))
+    assert not model.has_linear_head
+    with pytest.raises(ModelError, match="output layer is adapted"):
+        model.with_head(torch.zeros(1, 16))
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -8,12 +8,13 @@ from torch.testing import assert_close
 from potstill.contracts.batch import PromptBatch, TokenBatch
 from potstill.contracts.errors import DataError, ModelError, NonFiniteError, RecipeError
 from potstill.contracts.players import OptimizerSpec
+from potstill.contracts.signals import FullLogits
 from potstill.divergences import Exact, ForwardKL, JensenShannon, ReverseKL, SampledReverseKL, TopK
 from potstill.models.causal import CausalLM
 from potstill.models.tokenizers import character_tokenizer
 from potstill.objectives.tokens import RolloutSpec, Rows, TokenDistillation, by_rows, completed
 from potstill.teachers import FrozenStart, LocalTeacher, PrivilegedTeacher
-from potstill.weighting import EntropyTop
+from potstill.weighting import EarlyPrefix, EntropyTop, Uniform
 
 TOKENIZER = character_tokenizer(["abcdefg "])
 
@@ -222,13 +223,14 @@ def test_rows_in_pieces_give_the_values_and_gradients_of_all_at_once(chunk, monk
 
 
 def test_pieces_of_a_batch_keep_their_own_teacher_rows_and_tokens(monkeypatch):
+    monkeypatch.setattr(CausalLM, "has_linear_head", False)  # the path through logits
     rows = batch()
     for estimator in (ForwardKL(), SampledReverseKL(baseline="full")):
         whole, pieces = objective(estimator, cross_entropy=0.3), objective(estimator, cross_entropy=0.3)
         a = whole.loss("student", rows, 0)
         monkeypatch.setattr("potstill.objectives.tokens.CHUNK", 2 * TOKENIZER.vocab_size)
         b = pieces.loss("student", rows, 0)
-        monkeypatch.undo()
+        monkeypatch.setattr("potstill.objectives.tokens.CHUNK", 2**20)
         assert_close(a.value(), b.value())
         assert_close(a.positions["reverse_kl"], b.positions["reverse_kl"])
         a.value().backward()
@@ -237,8 +239,33 @@ def test_pieces_of_a_batch_keep_their_own_teacher_rows_and_tokens(monkeypatch):
             assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("average", ["token", "sequence"])
+@pytest.mark.parametrize("weighting", [Uniform(), EntropyTop(0.5), EarlyPrefix(0.5)], ids=repr)
+@pytest.mark.parametrize(
+    "estimator", [JensenShannon(0.3), SampledReverseKL(baseline="full"), Exact(ForwardKL(), TopK(3))]
+)
+def test_from_hidden_states_it_is_as_from_logits(estimator, weighting, average, monkeypatch):
+    results = []
+    for linear in (True, False):
+        monkeypatch.setattr(CausalLM, "has_linear_head", linear)
+        made = objective(estimator, weighting=weighting, average=average, temperature=1.3)
+        loss = made.loss("student", batch(), 0)
+        loss.value().backward()
+        results.append((loss, [p.grad for p in made.student.parameters()]))
+    (a, grad_a), (b, grad_b) = results
+    assert_close(a.terms["divergence"].mean(), b.terms["divergence"].mean())
+    for name in a.metrics:
+        assert_close(a.metrics[name].mean(), b.metrics[name].mean())
+    for x, y in zip(grad_a, grad_b, strict=True):
+        assert_close(x, y, rtol=1e-4, atol=1e-7)
+
+
 class Forbidding(LocalTeacher):
-    """Gives the token `a` no probability at all."""
+    """Gives the token `a` no probability at all, and logits only."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.gives = frozenset({FullLogits})
 
     def score(self, batch, need):
         signal = super().score(batch, need)

@@ -99,7 +99,7 @@ def linear_divergence(
         are made again in the backward pass.
     grad_scale: the factor that `total` will have in the loss. Where known beforehand, and `student_head.grad` exists,
         the head's gradient is added there during the forward pass, with no buffer of its own.
-    also: another divergence to look at on the way, over the same support; never differentiated.
+    also: another divergence to look at on the way, over all that the teacher gives; never differentiated.
 
     The gradient is made in the forward pass, once: a second backward pass through the same call is refused, and so is
     differentiating twice. Computed in float32 or better, also under autocast; bfloat16 heads are multiplied in float32
@@ -209,11 +209,10 @@ class _Rows:
         sampled_M: Tensor | None,
         also: FDivergence | None,
     ) -> Tensor:
-        if isinstance(self.part, Exact) and (also is not None or isinstance(self.part.support, Full)):
-            teacher, student = self.part.support(teacher_logp=log_p, student_logp=log_q)
-            return (also or self.part.divergence).entries(teacher_logp=teacher, student_logp=student)
         if also is not None:
             return also.entries(teacher_logp=log_p, student_logp=log_q)
+        if isinstance(self.part, Exact) and isinstance(self.part.support, Full):
+            return self.part.divergence.entries(teacher_logp=log_p, student_logp=log_q)
         return self.part.per_position(log_p, log_q, cast(Tensor, tokens_M), sampled_M)
 
     def _on_known(self, known: Tensor, ids_MK: Tensor, log_q: Tensor, also: FDivergence | None) -> Tensor:

@@ -98,6 +98,7 @@ def finish(model: nn.Module, spec: ModelSpec, role: str) -> nn.Module:
         model.checkpoint_activations()  # type: ignore[operator]
     if spec.compile:
         model.network.compile()  # type: ignore[union-attr,operator]
+        model.compiled = True  # type: ignore[assignment]
     return model
 
 

@@ -29,6 +29,7 @@ from transformers import (
 
 from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import DataError, ModelError
+from potstill.contracts.signals import HiddenAndHead
 from potstill.models.lora import add_lora, merged
 from potstill.models.spec import LoraSpec
 
@@ -51,6 +52,7 @@ class CausalLM(nn.Module):
         self.network = network
         self.tokenizer = tokenizer
         self.name = name or network.config.model_type
+        self.compiled = False  # whether torch.compile was asked for, so that losses fuse their work too
         config = network.config
         self.softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
         self.scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
@@ -150,18 +152,19 @@ class CausalLM(nn.Module):
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     @property
-    def linear_head(self) -> tuple[Tensor, Tensor | None]:
-        """The head as one linear map, weight [V, D] and bias [V] or None, for losses that never hold [N, V] logits."""
+    def has_linear_head(self) -> bool:
+        """Whether the output layer is one weight and bias (adapters on it are not)."""
+        return type(self.network.get_output_embeddings()) is nn.Linear
+
+    def with_head(self, hidden: Tensor) -> HiddenAndHead:
+        """Hidden states and the output layer, [*P, D], for losses that never hold [*P, V] logits."""
         output = self.network.get_output_embeddings()
-        if self.softcap or type(output) is not nn.Linear:
+        if not self.has_linear_head:
             raise ModelError(
-                f"{self.name}: the head is not one linear map (soft-capped logits, or an adapted output layer). "
+                f"{self.name}: the output layer is adapted, so it is no single weight [V, D]. "
                 "Use a loss on full logits, or adapt other layers."
             )
-        bias = output.bias
-        if self.scale == 1.0:
-            return output.weight, bias
-        return output.weight * self.scale, None if bias is None else bias * self.scale
+        return HiddenAndHead(hidden, output.weight, output.bias, self.scale, self.softcap)
 
     def forward(self, tokens_BT: Tensor, attention_BT: Tensor | None = None) -> Tensor:
         """Logits at every token, [B, T] -> [B, T, V]."""

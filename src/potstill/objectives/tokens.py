@@ -18,10 +18,19 @@ from potstill.contracts import keyed
 from potstill.contracts.batch import Batch, PromptBatch, TokenBatch
 from potstill.contracts.errors import DataError, NonFiniteError, RecipeError
 from potstill.contracts.players import Objective, OptimizerSpec, Player
-from potstill.contracts.signals import FullLogits, check_signals
+from potstill.contracts.signals import FullLogits, HiddenAndHead, check_signals
 from potstill.contracts.spec import Spec
 from potstill.contracts.terms import Loss, Term
-from potstill.divergences import Estimator, Exact, FDivergence, ForwardKL, ReverseKL, entropy, log_probs
+from potstill.divergences import (
+    Estimator,
+    Exact,
+    FDivergence,
+    ForwardKL,
+    ReverseKL,
+    entropy,
+    linear_divergence,
+    log_probs,
+)
 from potstill.models.ema import EMA
 from potstill.rollouts.groups import group_advantages
 from potstill.rollouts.local import completions_of, sample
@@ -217,53 +226,101 @@ class TokenDistillation(Objective):
     def loss(self, player: str, batch: Batch, step: int) -> Loss:
         assert isinstance(batch, TokenBatch)
         tokens_N, rows = batch.tokens_counted, Rows.of(batch.counted_BT)
-        logits_NV = self.student.counted_logits(batch)
+        hidden_ND = self.student.counted_hidden(batch)
+        compare = self._from_hidden if self.student.has_linear_head else self._from_logits
         terms: dict[str, Term] = {}
         metrics: dict[str, Term] = {}
         positions: dict[str, Tensor] = {}
         if self.teacher is not None:
-            values_N, seen = self._compared(logits_NV, batch, tokens_N)
+            early = None if self.weighting.needs else self.weighting(Positions(mask_BR=rows.mask_BR))
+            weights_N, count = self._weights(rows, None if early is None else rows.gather(early))
+            total, values_N, seen = compare(hidden_ND, batch, tokens_N, None if early is None else weights_N)
             spread = {f"{name}_BR": rows.spread(values) for name, values in seen.items()}
-            weights_BR = self.weighting(Positions(mask_BR=rows.mask_BR, **spread))
-            terms["divergence"] = self._term(rows, values_N, rows.gather(weights_BR), self.coefficient)
+            weights_BR = self.weighting(Positions(mask_BR=rows.mask_BR, **spread)) if early is None else early
+            if early is None:
+                total = (values_N * self._weights(rows, rows.gather(weights_BR))[0]).sum()
+            terms["divergence"] = Term(total, count, self.coefficient, unit=self.average)
+            looked_at_N = rows.gather(weights_BR) != 0
             metrics |= {
-                "reverse_kl": Term.over(seen["divergence"]),
-                "student_entropy": Term.over(seen["student_entropy"]),
+                "reverse_kl": Term.over(seen["divergence"], looked_at_N),
+                "student_entropy": Term.over(seen["student_entropy"], looked_at_N),
             }
             positions |= {"reverse_kl": spread["divergence_BR"], "weights": weights_BR}
-        if "advantage" in batch.extra:
-            advantage_N = batch.extra["advantage"][rows.row_N]
-            nll_N = by_rows(lambda some, where: _nll(some, tokens_N[where], self.temperature), logits_NV)
-            terms["reward"] = self._term(rows, advantage_N * nll_N, None, 1.0)
-            metrics["reward"] = Term.over(batch.extra["reward"])
-        if self.cross_entropy:
-            nll_N = by_rows(lambda some, where: _nll(some, tokens_N[where]), logits_NV)
-            terms["cross_entropy"] = self._term(rows, nll_N, None, self.cross_entropy)
+        if "advantage" in batch.extra or self.cross_entropy:
+            logits_NV = self.student.head(hidden_ND)
+            weights_N, count = self._weights(rows, None)
+            if "advantage" in batch.extra:
+                advantage_N = batch.extra["advantage"][rows.row_N]
+                nll_N = by_rows(lambda some, where: _nll(some, tokens_N[where], self.temperature), logits_NV)
+                terms["reward"] = Term((weights_N * advantage_N * nll_N).sum(), count, 1.0, unit=self.average)
+                metrics["reward"] = Term.over(batch.extra["reward"])
+            if self.cross_entropy:
+                nll_N = by_rows(lambda some, where: _nll(some, tokens_N[where]), logits_NV)
+                terms["cross_entropy"] = Term((weights_N * nll_N).sum(), count, self.cross_entropy, unit=self.average)
         return Loss(terms, metrics, positions)
 
-    def _compared(self, logits_NV: Tensor, batch: TokenBatch, tokens_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Values [N] to differentiate, and what weightings and metrics see of the positions, detached."""
+    def _from_hidden(
+        self, hidden_ND: Tensor, batch: TokenBatch, tokens_N: Tensor, weights_N: Tensor | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The weighted total, values [N], and what weightings and metrics see of the positions, detached.
+
+        Weights that wait for those (None here) make the values differentiable instead of the total.
+        """
+        teacher = cast(Any, self.teacher)
+        signal = teacher.score(batch, HiddenAndHead if _linear(teacher) else FullLogits)
+        head = self.student.with_head(hidden_ND)
+        out = linear_divergence(
+            self.estimator,
+            hidden_ND,
+            head.head_VD,
+            teacher=signal,
+            weights=weights_N,
+            tokens=tokens_N,
+            sampled_logp=self._sampled(batch),
+            temperature=self.temperature,
+            student_bias=head.bias_V,
+            student_scale=head.scale,
+            student_softcap=head.softcap,
+            vocabulary=self.shared,
+            compiled=self.student.compiled,
+            differentiable_values=weights_N is None,
+            also=ReverseKL(),
+        )
+        assert out.also is not None and out.student_entropy is not None and out.teacher_entropy is not None
+        assert out.student_logp is not None and out.teacher_logp is not None
+        if not out.values.isfinite().all() and isinstance(signal, FullLogits) and (signal.logits == -math.inf).any():
+            raise self._impossible()
+        return (
+            out.total,
+            out.values,
+            {
+                "divergence": out.also,
+                "student_entropy": out.student_entropy,
+                "teacher_entropy": out.teacher_entropy,
+                "log_ratio": out.teacher_logp - out.student_logp,
+            },
+        )
+
+    def _from_logits(
+        self, hidden_ND: Tensor, batch: TokenBatch, tokens_N: Tensor, weights_N: Tensor | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The same where the student's output layer is no single weight, from whole logits."""
+        logits_NV = self.student.head(hidden_ND)
         teacher_logits = self.teacher.score(batch, FullLogits).logits.to(logits_NV.device)  # type: ignore[union-attr]
         sampled_N = self._sampled(batch)
-        names = {"divergence", "student_entropy"} | {name.removesuffix("_BR") for name in self.weighting.needs}
-        seen = {
-            name: logits_NV.new_empty(len(logits_NV), dtype=torch.promote_types(logits_NV.dtype, torch.float32))
-            for name in names
-        }
+        names = ("divergence", "student_entropy", "teacher_entropy", "log_ratio")
+        dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+        seen = {name: logits_NV.new_empty(len(logits_NV), dtype=dtype) for name in names}
 
         def values(rows_MV: Tensor, where: slice) -> Tensor:
             log_q = log_probs(rows_MV[:, : self.shared], self.temperature)
             log_p = log_probs(teacher_logits[where, : self.shared], self.temperature)
             chosen = tokens_N[where]
             with torch.no_grad():
-                look = {
-                    "divergence": lambda: ReverseKL()(teacher_logp=log_p, student_logp=log_q),
-                    "student_entropy": lambda: entropy(log_q),
-                    "teacher_entropy": lambda: entropy(log_p),
-                    "log_ratio": lambda: (log_p - log_q).gather(-1, chosen[:, None])[:, 0],
-                }
-                for name in names:
-                    seen[name][where] = look[name]()
+                seen["divergence"][where] = ReverseKL()(teacher_logp=log_p, student_logp=log_q)
+                seen["student_entropy"][where] = entropy(log_q)
+                seen["teacher_entropy"][where] = entropy(log_p)
+                seen["log_ratio"][where] = (log_p - log_q).gather(-1, chosen[:, None])[:, 0]
             value = self.estimator.per_position(
                 teacher_logp=log_p,
                 student_logp=log_q,
@@ -271,32 +328,42 @@ class TokenDistillation(Objective):
                 sampled_logp_N=None if sampled_N is None else sampled_N[where],
             )
             if not value.isfinite().all() and (log_p == -math.inf).any():
-                raise NonFiniteError(
-                    f"{getattr(self.teacher, 'name', 'The teacher')} gives probability 0 to tokens that the student can "
-                    "say, where this divergence is infinite. Take one that stays finite (ForwardKL, JensenShannon), or "
-                    "SampledReverseKL with baseline 'none' and a clip."
-                )
+                raise self._impossible()
             return value
 
-        return by_rows(values, logits_NV), seen
+        values_N = by_rows(values, logits_NV)
+        total = values_N.sum() if weights_N is None else (values_N * weights_N).sum()
+        return total, values_N, seen
+
+    def _impossible(self) -> NonFiniteError:
+        return NonFiniteError(
+            f"{getattr(self.teacher, 'name', 'The teacher')} gives probability 0 to tokens that the student can say, where "
+            "this divergence is infinite. Take one that stays finite (ForwardKL, JensenShannon), or SampledReverseKL with "
+            "baseline 'none' and a clip."
+        )
 
     def after_step(self, player: str, step: int) -> None:
         if self.ema is not None:
             self.ema.update(self.student)
 
-    def _term(self, rows: Rows, values_N: Tensor, weights_N: Tensor | None, coefficient: float) -> Term:
-        weights_N = torch.ones_like(values_N) if weights_N is None else weights_N
-        if self.average == "token":
-            return Term.weighted(values_N, weights_N, None, coefficient, unit="token")
+    def _weights(self, rows: Rows, weights_N: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the values are multiplied with, and what their sum is divided by."""
         length_N = rows.mask_BR.sum(1)[rows.row_N]
-        count = rows.mask_BR.any(1).sum().to(values_N.dtype)
-        return Term((values_N * weights_N.detach() / length_N).sum(), count, coefficient, unit="sequence")
+        weights_N = torch.ones_like(length_N, dtype=torch.float32) if weights_N is None else weights_N.detach()
+        if self.average == "token":
+            return weights_N, weights_N.new_tensor(float(len(weights_N)))
+        return weights_N / length_N, rows.mask_BR.any(1).sum().to(weights_N.dtype)
 
     def _sampled(self, batch: TokenBatch) -> Tensor | None:
         """What another policy gave its tokens; the student's own samples of this step need no reweighting."""
         if self.policy is None or batch.sampled_logp_BT is None:
             return None
         return batch.sampled_logp_BT[batch.counted_BT]
+
+
+def _linear(teacher: Any) -> bool:
+    """Whether a teacher's hidden states and output layer can be had, which spares its logits."""
+    return HiddenAndHead in teacher.gives and getattr(teacher.model, "has_linear_head", False)
 
 
 def _nll(logits_MV: Tensor, tokens_M: Tensor, temperature: float = 1.0) -> Tensor:

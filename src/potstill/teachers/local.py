@@ -40,7 +40,7 @@ class LocalTeacher:
         if isinstance(batch, TokenBatch):
             hidden = self.model.counted_hidden(batch)
             if need is HiddenAndHead:
-                return HiddenAndHead(hidden, *self.model.linear_head)  # refused where logits are soft-capped
+                return self.model.with_head(hidden)
             logits = self.model.head(hidden)
             if need is TokenLogp:
                 logp = logits.float().log_softmax(-1)
