@@ -1,13 +1,17 @@
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.testing import assert_close
 
 from potstill.contracts.errors import RecipeError
 from potstill.divergences import (
+    Alpha,
     ForwardKL,
     Full,
     JensenShannon,
@@ -193,3 +197,113 @@ def test_renormalising_makes_the_outside_free():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(RecipeError, match=message):
         TopK(**options)
+
+
+def twin(d, p: list[float], q: list[float], k: int, of: str, tail: str) -> float:
+    """The divergence on a support, from sets of token ids and plain numbers."""
+
+    def likeliest(row: list[float]) -> set[int]:
+        return set(sorted(range(len(row)), key=lambda v: -row[v])[:k])
+
+    ids = {"teacher": likeliest(p), "student": likeliest(q), "union": likeliest(p) | likeliest(q)}[of]
+    kept = [(p[v], q[v]) for v in ids]
+    m, s = (sum(pair[side] for pair in kept) for side in (0, 1))
+    if tail == "renormalize":
+        kept = [(a / m, b / s) for a, b in kept]
+    if tail == "bucket":
+        kept.append((sum(p) - m, sum(q) - s))
+    return sum(b * d.f(torch.tensor(a / b, dtype=torch.float64).log()).item() for a, b in kept)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**20), size=st.integers(5, 12), k=st.integers(1, 4))
+def test_every_support_is_its_twin_made_of_sets(seed, size, k):
+    both = pair(seed=2 * seed, shape=(size,))
+    p, q = (x.exp().tolist() for x in both.values())
+    for of, tail, d in product(
+        SIDES, ("bucket", "renormalize", "drop"), (ForwardKL(), ReverseKL(), JensenShannon(0.3))
+    ):
+        if of == "union" and tail == "bucket" and 2 * k >= size:
+            continue  # nothing may be left for the bucket, where the twin would divide 0 by 0
+        expected = twin(d, p, q, k, of, tail)
+        assert d(**on(TopK(k, of, tail), both)).item() == pytest.approx(expected, rel=1e-9, abs=1e-12), (of, tail, d)
+
+
+@pytest.mark.parametrize("of", SIDES)
+def test_a_support_of_everything_is_the_whole_row(of):
+    both = pair()
+    for d in (ForwardKL(), ReverseKL(), TotalVariation()):
+        for tail in ("bucket", "renormalize", "drop"):
+            assert_close(d(**on(TopK(99, of, tail), both)), d(**both))
+
+
+def test_what_the_tail_costs():
+    """The bucket keeps what f of the tail's two masses says, the dropped tail exactly the rest of the sum."""
+    both = pair(shape=(12,))
+    bucket, drop = (ForwardKL()(**on(TopK(4, "teacher", tail), both)) for tail in ("bucket", "drop"))
+    m, s = (log_mass(x).exp() for x in TopK(4, "teacher", "drop")(**both))
+    assert_close(bucket - drop, (1 - m) * ((1 - m) / (1 - s)).log())
+    whole = ForwardKL().entries(**both)
+    assert_close(drop, whole[both["teacher_logp"].topk(4).indices].sum())
+    renormalised = ForwardKL()(**on(TopK(4, "teacher", "renormalize"), both))
+    assert_close(drop, m * (renormalised + (m / s).log()))  # the chain rule of the KL
+
+
+def least(value, size: int, seed: int) -> tuple[float, Tensor]:
+    """Minimum of a function of log q over all distributions, and the q there, by L-BFGS on logits from a random start."""
+    z = rows(size, seed=seed).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [z], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = value(log_probs(z))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return value(log_probs(z)).item(), log_probs(z).exp().detach()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "d", [ForwardKL(), ReverseKL(), JensenShannon(0.5), SquaredHellinger(), PearsonChi2(), Alpha(1.5)], ids=repr
+)
+def test_what_dropping_the_tail_does_to_each_minimum(d, seed):
+    """Free to choose its mass s on the kept outcomes, a student is best at q = p s / m there, with s f(m / s).
+
+    Forward KL: m log m at s = 1. Reverse KL: -m / e at s = m / e. Found by descent over all q and by a line search on s.
+    """
+    log_p = log_probs(rows(8, seed=seed + 20, scale=1.5))
+    kept = log_p.topk(3).indices
+    m = log_p[kept].exp().sum()
+    found, q = least(
+        lambda log_q: d(**on(TopK(3, "teacher", "drop"), {"teacher_logp": log_p, "student_logp": log_q})), 8, seed
+    )
+
+    def on_support(s: float) -> float:
+        return s * d.f((m / s).log()).item()
+
+    line = minimize_scalar(on_support, bounds=(1e-9, 1.0), method="bounded", options={"xatol": 1e-12})
+    best = min(line.fun, on_support(1.0))
+    assert found == pytest.approx(best, abs=1e-6)
+    s = q[kept].sum()
+    assert_close(q[kept] / s, log_p[kept].exp() / m, rtol=0, atol=1e-3)
+    closed = {ForwardKL(): (m * m.log(), 1.0), ReverseKL(): (-m / math.e, m / math.e)}
+    if d in closed:
+        assert best == pytest.approx(float(closed[d][0]), abs=1e-9)
+        assert float(s) == pytest.approx(float(closed[d][1]), abs=1e-3)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("d", [ForwardKL(), ReverseKL(), JensenShannon(0.5)], ids=repr)
+def test_where_the_other_tails_are_least(d, tail):
+    """Bucket: 0, only where the kept outcomes and the tail's mass are the teacher's. Renormalised: 0 whatever the mass."""
+    log_p, support = log_probs(rows(8, seed=20)), TopK(3, "teacher", tail)
+    kept = log_p.topk(3).indices
+    found, q = least(lambda log_q: d(**on(support, {"teacher_logp": log_p, "student_logp": log_q})), 8, seed=0)
+    assert found == pytest.approx(0.0, abs=1e-9)
+    free = 1.0 if tail == "bucket" else log_p[kept].exp().sum() / q[kept].sum()
+    assert_close(q[kept] * free, log_p[kept].exp(), rtol=0, atol=1e-4)
+    assert tail == "bucket" or abs(free - 1.0) > 0.05

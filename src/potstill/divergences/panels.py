@@ -70,7 +70,10 @@ def product(teachers_logp: Sequence[Tensor] | Tensor, exponents: Sequence[float]
     the exponents (1 - c, c) (SELFCI's "interp", c = 0.3).
     An outcome that an expert with a positive exponent forbids is dead; exponent 0 is no expert.
     """
-    teachers, e = _stacked(teachers_logp, exponents)
+    return _product(*_stacked(teachers_logp, exponents))
+
+
+def _product(teachers: Tensor, e: Tensor) -> Tensor:
     forbids = teachers == -INF
     dead = (forbids & (e > 0)).any(0)
     joint = (e * teachers.masked_fill(forbids & ((e == 0) | dead), 0.0)).sum(0).masked_fill(dead, -INF)
@@ -88,7 +91,7 @@ def power_mean(
     teachers, w = _stacked(teachers_logp, weights)
     w = w / _total(w)
     if order == 0.0:
-        return product(teachers, w.squeeze(-1))
+        return _product(teachers, w)
     if (w < 0).any():
         raise RecipeError(f"A mean of order {order} needs weights of at least 0. To subtract an expert use product.")
     absent = w == 0
