@@ -214,6 +214,15 @@ def test_extreme_scores_have_finite_gradients(alpha):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_a_row_whose_negatives_are_impossible_is_measured_by_its_baseline(alpha):
+    scores = torch.tensor([[1.0, -math.inf], [0.0, 2.0]], requires_grad=True)
+    value = mi_alpha(scores, 0.0, alpha)
+    assert value[0].item() == pytest.approx(2 - (math.log(alpha * math.e + 1 - alpha)))
+    (gradient,) = torch.autograd.grad(value.sum(), scores)
+    assert gradient.isfinite().all()
+
+
 @alphas
 def test_derivatives_by_finite_differences(alpha):
     inputs = normal(2, 4, 4, seed=0).requires_grad_(), normal(2, 4, seed=1).requires_grad_()

@@ -260,6 +260,13 @@ def test_biased_hsic_by_its_matrices(kernel):
     assert_close(hsic(teacher=y, student=x, kernel=kernel), (k @ h @ l @ h).trace() / 25)
 
 
+def test_kernels_are_gaussian_unless_said_and_linear_for_cka():
+    x, y = normal(6, 3, seed=0), normal(6, 3, seed=1)
+    assert_close(mmd2(teacher=y, student=x), mmd2(teacher=y, student=x, kernel=Gaussian()))
+    assert_close(hsic(teacher=y, student=x), hsic(teacher=y, student=x, kernel=Gaussian()))
+    assert_close(cka(teacher=y, student=x), cka(teacher=y, student=x, kernel=Linear()))
+
+
 def test_linear_hsic_is_the_cross_covariance():
     x, y = normal(6, 3, seed=0), normal(6, 2, seed=1)
     cross = (x - x.mean(0)).T @ (y - y.mean(0)) / 5
@@ -359,6 +366,14 @@ def test_far_from_the_origin_float32_still_sees_the_difference():
         for kernel in (Linear(), Gaussian()):
             in_double = of(teacher=y.double(), student=x.double(), kernel=kernel)
             assert_close(of(teacher=y, student=x, kernel=kernel).double(), in_double, rtol=1e-4, atol=1e-5)
+
+
+def test_a_small_deviation_from_constant_is_still_a_view():
+    """A Gaussian much wider than the sample: its Gram matrix is 1 up to 1e-4, and tends to the linear kernel's."""
+    x, y, wide = normal(6, 3, seed=0), normal(6, 3, seed=1), Gaussian(scales=(1.0,), bandwidth=100.0)
+    assert_close(
+        cka(teacher=y.float(), student=x.float(), kernel=wide), cka(teacher=y, student=x).float(), rtol=1e-2, atol=0
+    )
 
 
 # Input

@@ -386,6 +386,10 @@ def test_half_precision_is_computed_in_float32(gradient):
     assert value.dtype == torch.float32
     assert_close(value, d(teacher=teacher.float(), student=student.float()))
     assert grad(value, student)[0].dtype == torch.bfloat16
+    d = Sinkhorn(gradient=gradient, tolerance=1e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = d(teacher=teacher, student=student)
+    assert_close(value, d(teacher=teacher.float(), student=student.float()))
 
 
 def test_an_empty_batch_has_no_values():

@@ -122,7 +122,7 @@ def median_off_diagonal(distance: Tensor) -> Tensor:
         )
     N = distance.shape[-1]
     i, j = torch.triu_indices(N, N, 1, device=distance.device)
-    pairs = distance.detach()[..., i, j].clamp_min(0)
+    pairs = distance.detach()[..., i, j]
     median, mean = pairs.median(-1).values, pairs.mean(-1)
     typical = torch.where(median > 0, median, torch.where(mean > 0, mean, 1.0))
     return typical[..., None, None]
@@ -196,8 +196,7 @@ def cka(
     if minibatches:
         both, own, other = both.sum(), own.sum(), other.sum()
     constant = (own == 0) | (other == 0)
-    root = (own.masked_fill(constant, 1.0).sqrt()) * (other.masked_fill(constant, 1.0).sqrt())
-    return both.masked_fill(constant, 0.0) / root
+    return both / (own.masked_fill(constant, 1.0).sqrt() * other.masked_fill(constant, 1.0).sqrt())
 
 
 def _views(
@@ -233,7 +232,7 @@ def _centred(gram: Tensor, unbiased: bool) -> Tensor:
 
 def _from_first(x: Tensor) -> Tensor:
     """Far from the origin, inner products lose in rounding what is compared; equal rows become exactly 0."""
-    return x - x[..., :1, :].detach()
+    return x - x[..., :1, :]
 
 
 def _inner(x: Tensor) -> Tensor:
