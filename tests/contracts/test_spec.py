@@ -19,6 +19,7 @@ class Dot(Shape):
 class Circle(Shape):
     radius: float = 1.0
     inner: Shape | None = None
+    border: float | None = None
 
 
 class Drawing(Spec):
@@ -28,6 +29,8 @@ class Drawing(Spec):
 def test_a_part_is_written_by_name_or_with_options():
     assert Drawing(shape="Dot").shape == Dot()
     assert Drawing(shape={"name": "Circle", "radius": 2}).shape == Circle(2.0)
+    assert Drawing(shape={"name": "Circle", "border": "0.5"}).shape == Circle(border=0.5)
+    assert Drawing(shape={"name": "Circle", "border": None}).shape == Circle()
     assert Drawing.model_validate({"shape": Circle(3.0)}).shape == Circle(3.0)
 
 
@@ -49,6 +52,7 @@ def test_a_part_is_dumped_as_it_is_written():
         ("Cirle", "Cirle is no Shape. Did you mean Circle?"),
         ({"name": "Circle", "radios": 1}, "radios is not an option of Circle. Did you mean radius?"),
         ({"name": "Circle", "radius": "wide"}, "Circle.radius must be float, got 'wide'"),
+        ({"name": "Circle", "border": "thick"}, "Circle.border must be float | None, got 'thick'"),
         ({"radius": 1}, "expected the name of a Shape"),
         (3, "expected the name of a Shape"),
     ],

@@ -4,7 +4,8 @@ A part is a frozen dataclass: `divergence: ReverseKL`, or `divergence: {name: Je
 """
 
 import dataclasses
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, GetPydanticSchema, TypeAdapter, ValidationError
 from pydantic_core import core_schema
@@ -49,18 +50,26 @@ def _resolve(base: type, value: Any) -> Any:
     for option in options:
         if option not in fields:
             raise ValueError(f"{option} is not an option of {cls.__name__}.{did_you_mean(option, fields)}")
-    hints: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
     for option, given in options.items():
-        if hints[option] in (int, float, bool, str):
+        if _plain(hints[option]):
             try:
                 options[option] = TypeAdapter(hints[option]).validate_python(given)
             except ValidationError:
-                raise ValueError(f"{cls.__name__}.{option} must be {hints[option].__name__}, got {given!r}") from None
+                kind = hints[option].__name__ if isinstance(hints[option], type) else str(hints[option])
+                raise ValueError(f"{cls.__name__}.{option} must be {kind}, got {given!r}") from None
         elif (isinstance(given, dict) and "name" in given) or isinstance(given, str):
             for family in PARTS:  # a combinator's member is a part of its own
                 if str(given["name"] if isinstance(given, dict) else given) in members(family):
                     options[option] = _resolve(family, given)
     return cls(**options)
+
+
+def _plain(hint: Any) -> bool:
+    """Numbers, words, and lists or alternatives of them: what a recipe can write without naming a part."""
+    if hint in (int, float, bool, str, type(None), Ellipsis):
+        return True
+    return get_origin(hint) in (Union, UnionType, tuple, list) and all(map(_plain, get_args(hint)))
 
 
 def written(part: Any) -> Any:
