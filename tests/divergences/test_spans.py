@@ -240,8 +240,8 @@ def test_shares_that_cannot_be_are_refused():
     with pytest.raises(ModelError, match="an id of the teacher stands twice"):
         Shared(teacher_K=twice, student_K=two)
     support = Shared(teacher_K=torch.tensor([5]), student_K=torch.tensor([1]))
-    with pytest.raises(ModelError, match="the teacher's rows have 2 outcomes, but ids go up to 5"):
-        support(teacher_logp=torch.zeros(2), student_logp=torch.zeros(9))
+    with pytest.raises(ModelError, match="the teacher's rows have 5 outcomes, but ids go up to 5"):
+        support(teacher_logp=torch.zeros(5), student_logp=torch.zeros(9))
     assert repr(support) == "Shared(1 outcomes)"
 
 

@@ -246,6 +246,12 @@ def test_a_split_character_is_split_by_bytes_and_whole_by_offsets():
 
 
 def test_tokens_that_chain_over_characters_are_one_unit():
+    """In a unit there is no boundary, not even where white space lets the other side's lie anywhere, or after a token
+    that ends before an earlier one does."""
+    loose = align("x   y", teacher=[(0, 3), (2, 4), (4, 5)], student=[(0, 1), (4, 5)])
+    assert listed(loose) == [([0, 2], [0, 1], [0, 4]), ([2, 3], [1, 2], [4, 5])]
+    nested = align("abcd", teacher=[(0, 3), (1, 2), (2, 4)], student=[(0, 2), (2, 4)])
+    assert listed(nested) == [([0, 3], [0, 2], [0, 4])]
     chained = offset_ranges("é你a", [(0, 1), (0, 2), (1, 2), (2, 3)])
     spans = align("é你a", teacher=chained, student=offset_ranges("é你a", [(0, 1), (1, 2), (2, 3)]))
     assert listed(spans) == [([0, 3], [0, 2], [0, 5]), ([3, 4], [2, 3], [5, 6])]
@@ -287,6 +293,9 @@ def test_what_normalisers_drop_leaves_no_span_out_and_what_is_visible_does():
         spans = align(text, teacher=teacher, student=offset_ranges(text, [(i, i + 1) for i in range(4)]))
         assert len(spans) == expected
         assert spans.bytes_N2[0].tolist() == [0, 2] and spans.bytes_N2[-1].tolist()[1] == len(text.encode())
+    gap = offset_ranges("a\u3000你b", [(0, 1), (3, 4)])
+    spans = align("a\u3000你b", teacher=gap, student=[(0, 4), (4, 8)])
+    assert spans.bytes_N2.tolist() == [[0, 4]]  # the boundary may lie after the space; the second span has 你
     late = offset_ranges(" 你a", [(2, 3)])  # in a gap, the visible character may come after the white space
     assert len(align(" 你a", teacher=late, student=[(0, 1), (1, 4), (4, 5)])) == 0
 
@@ -471,11 +480,18 @@ def test_exact_pieces_are_preferred_to_trimmed_offsets():
 
 
 def test_special_tokens_written_out_in_a_text_are_that_text():
-    text = ["the</s>word"]
+    """Also when it is the last one: then there is no other end. Empty tokens of trimmed space are text like others."""
+    text = ["the</s>  word"]
     sides = [encode(made("bytes-small"), text), encode(made("word-piece"), text)]
     assert sides[0]["input_ids"][0].count(made("bytes-small").eos_token_id) == 2
     spans = aligner("bytes-small", "word-piece")(text, teacher=sides[0], student=sides[1])
-    assert [3, 7] in spans.bytes_N2.tolist() and spans.bytes_N2[-1].tolist() == [11, 11]
+    assert [3, 7] in spans.bytes_N2.tolist() and spans.bytes_N2[-1].tolist() == [13, 13]
+    used = [t for start, end in spans.teacher_N2.tolist() for t in range(start, end)]
+    assert used == list(range(1, len(sides[0]["input_ids"][0])))
+    last = [encode(made(name), ["the</s>"], add_special_tokens=False) for name in ("bytes-small", "word-piece")]
+    assert all(side["input_ids"][0][-1] == made("bytes-small").eos_token_id for side in last)
+    spans = aligner("bytes-small", "word-piece")(["the</s>"], teacher=last[0], student=last[1])
+    assert spans.bytes_N2.tolist() == [[0, 3], [3, 7]]
 
 
 def test_sampled_tokens_are_aligned_by_what_they_spell():
@@ -515,10 +531,44 @@ def test_a_response_is_aligned_without_its_prompt():
     assert spans.bytes_N2[-1].tolist() == [len(response)] * 2
 
 
+def test_only_an_end_that_closes_the_text_is_aligned():
+    """Not another special token, not padding that looks like one, and nothing of a row that is all padding."""
+    tokenizer = made("fallback")
+    low, begin, end = *tokenizer("low", add_special_tokens=False)["input_ids"], 1, 2
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (begin, end, end)
+    for row, mask, count in (
+        ([low, end], [1, 1], 2),
+        ([low, begin], [1, 1], 1),
+        ([low, end], [1, 0], 1),
+        ([low, end, end], [1, 1, 0], 2),
+    ):
+        side = {"input_ids": [row], "attention_mask": [mask]}
+        assert len(aligner("fallback", "fallback")(["low"], teacher=side, student=side)) == count
+    nothing = {"input_ids": [[end, end]], "attention_mask": [[0, 0]]}
+    assert len(aligner("fallback", "fallback")([""], teacher=nothing, student=nothing)) == 0
+
+
+def test_masked_tokens_take_no_part_where_offsets_are_used():
+    """A prompt before a normalised response, whose offsets are into the response; the prompt's may be anything."""
+    tokenizer, text = made("unigram-nfkc"), "the ﬁne"
+    plain = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    prompt = tokenizer("low", add_special_tokens=False)["input_ids"]
+    side = {
+        "input_ids": [prompt + plain["input_ids"]],
+        "attention_mask": [[0] * len(prompt) + [1] * len(plain["input_ids"])],
+        "offset_mapping": [[(50, 60)] * len(prompt) + plain["offset_mapping"]],
+    }
+    spans = aligner("unigram-nfkc", "unigram-nfkc")([text], teacher=side, student=side)
+    assert spans.teacher_N2[0, 0] == len(prompt) and spans.teacher_N2[-1, 1] == len(side["input_ids"][0])
+
+
 def test_batches_that_do_not_fit_are_refused():
     sides = [encode(made(name), ["the", "low"]) for name in ("bytes-small", "unigram")]
     with pytest.raises(DataError, match="1 texts need as many rows of the teacher's tokens, got 2"):
         aligner("bytes-small", "unigram")(["the"], teacher=sides[0], student=sides[1])
+    masked = {"input_ids": sides[0]["input_ids"], "attention_mask": [[1]]}
+    with pytest.raises(DataError, match="1 texts need as many rows of the teacher's tokens, got 2"):
+        aligner("bytes-small", "unigram")(["the"], teacher=masked, student=sides[1])
     with pytest.raises(DataError, match="Text 1, student: .*spell"):
         aligner("bytes-small", "unigram")(
             ["the", "new"],
@@ -534,6 +584,12 @@ def test_batches_that_do_not_fit_are_refused():
         ["low new"], teacher=encode(unreadable, ["low new"]), student=encode(made("word-piece"), ["low new"])
     )
     assert spans.bytes_N2.tolist() == [[0, 3], [3, 7]]  # by offsets; without an end on both sides
+
+
+def words(vocabulary: dict[str, int], decoder: decoders.Decoder, **names: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
+    tokenizer.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def made_without_decoder() -> PreTrainedTokenizerFast:
@@ -574,6 +630,8 @@ def test_what_tokens_spell():
     assert spells("fallback", "▁the", "<0xE4>", "<0x41>", "▁", "<unk>") == [b" the", b"\xe4", b"A", b" ", None]
     assert spells("unigram", "▁the", "▁") == [b" the", b" "]
     assert spells("word-piece", "the", "##w", ",") == [b" the", b"w", b","]
+    literal = words({"<0x41>": 0, "a": 1}, decoders.Fuse())
+    assert token_bytes(literal) == (b"<0x41>", b"a")  # a byte only where the decoder falls back to bytes
     assert token_bytes(character_tokenizer("ab")) == (None, None, None, None, None, b"a", b"b")
 
 
@@ -588,13 +646,14 @@ def test_byte_level_tables_hold_all_bytes_and_spell_every_text():
 
 
 def test_added_tokens_spell_themselves_unless_special():
-    tokenizer = fast(byte_level(262))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast(byte_level(262)).backend_tokenizer, eos_token="</s>")
     tokenizer.add_tokens(["<été>"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
     table = token_bytes(tokenizer)
+    assert table[tokenizer.convert_tokens_to_ids("<pad>")] is None  # special, though it has no role
     assert table[tokenizer.convert_tokens_to_ids("<été>")] == "<été>".encode()
     assert table[tokenizer.convert_tokens_to_ids("<tool>")] is None
-    encoded = encode(tokenizer, ["a<été>b"])
+    encoded = tokenizer(["a<été>b"])
     spans = Aligner(teacher_tokenizer=tokenizer, student_tokenizer=made("bytes-small"))(
         ["a<été>b"], teacher=encoded, student=encode(made("bytes-small"), ["a<été>b"])
     )
@@ -606,7 +665,8 @@ def test_vocabularies_whose_pieces_cannot_be_read_are_refused():
     suffixed.decoder = decoders.BPEDecoder()
     clip = Tokenizer(models.BPE({"l": 0, "low</w>": 1}, [], end_of_word_suffix="</w>"))
     clip.decoder = decoders.ByteLevel()
-    for tokenizer in (PreTrainedTokenizerFast(tokenizer_object=t) for t in (suffixed, clip)):
+    joined = words({"a": 0}, decoders.CTC())
+    for tokenizer in (joined, *(PreTrainedTokenizerFast(tokenizer_object=t) for t in (suffixed, clip))):
         with pytest.raises(
             ModelError, match="has no decoder that says what single tokens spell .* by character offsets"
         ):
@@ -660,19 +720,32 @@ def test_a_byte_spelled_twice_meets_as_the_plain_token_first():
 
 def test_special_tokens_meet_by_role_whatever_their_names():
     named = fast(byte_level(262))
-    other = Tokenizer(models.WordLevel({"<end>": 0, "l": 1, "<go>": 2}, unk_token="<go>"))
-    other.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<end>", bos_token="<go>")
+    tokenizer = words({"<end>": 0, "l": 1, "<go>": 2}, decoders.Fuse(), eos_token="<end>", bos_token="<go>")
     shared = shared_entries(named, tokenizer)
     ids = named.convert_tokens_to_ids(["</s>", "l", "<s>"])
     assert (shared.teacher_K.tolist(), shared.student_K.tolist()) == (ids, [0, 1, 2])
 
 
+def test_one_token_for_begin_and_end_is_the_end():
+    one = words({"l": 0, "<|text|>": 1}, decoders.Fuse(), eos_token="<|text|>", bos_token="<|text|>")
+    two = words({"l": 0, "<go>": 1, "<end>": 2}, decoders.Fuse(), eos_token="<end>", bos_token="<go>")
+    shared = shared_entries(one, two)
+    assert (shared.teacher_K.tolist(), shared.student_K.tolist()) == ([0, 1], [0, 2])
+
+
+def test_tokens_that_spell_nothing_are_not_shared_and_twins_meet_in_order():
+    """ "##" of WordPiece adds nothing to a text; " a" and "▁a" both spell " a", and the lower id comes first."""
+    bare = words({"low": 0, "##": 1}, decoders.WordPiece())
+    assert token_bytes(bare) == (b" low", b"") and shared_entries(bare, bare).teacher_K.tolist() == [0]
+    twins = words({" a": 0, "▁a": 1}, decoders.Replace("▁", " "))
+    shared = shared_entries(twins, words({"b": 0, "▁a": 1}, decoders.Metaspace()))
+    assert (shared.teacher_K.tolist(), shared.student_K.tolist()) == ([0], [1])
+    assert shared_entries(twins, twins).teacher_K.tolist() == [0, 1]
+
+
 def test_vocabularies_without_a_common_token_are_refused():
     with pytest.raises(ModelError, match="have no token in common. Compare spans by their log-probabilities only"):
-        a, b = (Tokenizer(models.WordLevel({letter: 0}, unk_token=letter)) for letter in "ab")
-        a.decoder = b.decoder = decoders.Fuse()
-        shared_entries(PreTrainedTokenizerFast(tokenizer_object=a), PreTrainedTokenizerFast(tokenizer_object=b))
+        shared_entries(words({"a": 0}, decoders.Fuse()), words({"b": 0}, decoders.Fuse()))
 
 
 def test_pieces_and_offsets_agree_where_both_are_exact():

@@ -242,8 +242,8 @@ class Aligner:
     """Two tokenizers, ready to align batches: pieces where they spell the text, else offsets.
 
     A side is what its tokenizer gives for a padded batch: `input_ids`, `attention_mask` (true at the tokens that make up
-    the text, so for a response after a prompt the counted ones; all where it is missing), and `offset_mapping` where the
-    tokens were made of the text. Sampled tokens have none: `spelled(pieces)` gives their text. End-of-text tokens are
+    the text, so for a response after a prompt the counted ones; all where it is missing), and `offset_mapping` into the
+    text where the tokens were made of it. Sampled tokens have none: `spelled(pieces)` gives their text. End-of-text tokens are
     aligned where both rows close with one.
     """
 
@@ -372,15 +372,13 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    return frozenset(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def _entries(tokenizer: PreTrainedTokenizerBase) -> dict[bytes | str, list[int]]:
     """Token ids by what they spell, or by the name or role of special tokens; plain tokens before byte tokens."""
     table, found = token_bytes(tokenizer), dict[bytes | str, list[int]]()
-    roles = {
-        getattr(tokenizer, f"{role}_id"): role for role in ("bos_token", "eos_token")
-    }  # one token as both: the end
+    roles = {tokenizer.bos_token_id: "begin", tokenizer.eos_token_id: "end"}  # one token as both is the end
     special = _special(tokenizer)
     for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: (bool(_BYTE.fullmatch(item[0])), item[1])):
         key = roles.get(i, token) if i in special else table[i]
