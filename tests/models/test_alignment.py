@@ -726,8 +726,10 @@ def test_special_tokens_meet_by_role_whatever_their_names():
     assert (shared.teacher_K.tolist(), shared.student_K.tolist()) == (ids, [0, 1, 2])
 
 
-def test_one_token_for_begin_and_end_is_the_end():
-    one = words({"l": 0, "<|text|>": 1}, decoders.Fuse(), eos_token="<|text|>", bos_token="<|text|>")
+def test_one_token_for_begin_and_end_and_unknown_is_the_end():
+    """GPT-2's, whose byte-level vocabulary knows everything."""
+    roles = ("eos_token", "bos_token", "unk_token")
+    one = words({"l": 0, "<|text|>": 1}, decoders.Fuse(), **dict.fromkeys(roles, "<|text|>"))
     two = words({"l": 0, "<go>": 1, "<end>": 2}, decoders.Fuse(), eos_token="<end>", bos_token="<go>")
     shared = shared_entries(one, two)
     assert (shared.teacher_K.tolist(), shared.student_K.tolist()) == ([0, 1], [0, 2])

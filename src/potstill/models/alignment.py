@@ -225,7 +225,7 @@ def shared_entries(teacher_tokenizer: PreTrainedTokenizerBase, student_tokenizer
 
     Tokens meet when they spell the same bytes; special ones by name or by their role as beginning or end of text. Each
     has one partner at most: where a vocabulary spells a byte twice ("A" and "<0x41>"), the plain tokens meet first. The
-    unknown token is shared with nobody, since it stands for other texts in each vocabulary.
+    unknown token is shared with nobody, since it stands for other texts in each vocabulary, unless it is the end as well.
     """
     teacher, student = _entries(teacher_tokenizer), _entries(student_tokenizer)
     pairs = sorted((i, j) for key, ids in student.items() for i, j in zip(ids, teacher.get(key, ())))
@@ -379,10 +379,10 @@ def _entries(tokenizer: PreTrainedTokenizerBase) -> dict[bytes | str, list[int]]
     """Token ids by what they spell, or by the name or role of special tokens; plain tokens before byte tokens."""
     table, found = token_bytes(tokenizer), dict[bytes | str, list[int]]()
     roles = {tokenizer.bos_token_id: "begin", tokenizer.eos_token_id: "end"}  # one token as both is the end
-    special = _special(tokenizer)
+    special, unknown = _special(tokenizer), tokenizer.unk_token_id
     for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: (bool(_BYTE.fullmatch(item[0])), item[1])):
         key = roles.get(i, token) if i in special else table[i]
-        if key and i != tokenizer.unk_token_id:
+        if key and (i != unknown or i in roles):
             found.setdefault(key, []).append(i)
     return found
 
