@@ -7,7 +7,9 @@ everything else, and `Shared` whole rows where a span is one token on both sides
 Exact: each span's probability under its own tokenization, given that of what came before; the sum over the text; the
 comparison of the events named. Approximate: taking it for the probability of the text of the span. That has other
 segmentations too, which are not counted, and a token decides more than its text: a tokenizer that has "ab" says, by
-emitting "a", that no b follows, where one without it says that in the next span.
+emitting "a", that no b follows, where one without it says that in the next span. For the same reason where a span ends
+may depend on what comes next: sampled gradients are unbiased when the advantages of all spans of a text multiply all of
+its tokens, and not quite when a span answers for itself and later ones only.
 
 N spans, P positions (any leading shape), B texts, T tokens, V vocabulary, K shared entries. p teacher, q student.
 """
