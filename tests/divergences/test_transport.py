@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,12 +31,14 @@ def grad(value: Tensor, *at: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(value.sum(), at)
 
 
-def ratio_form(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
+def ratio_form(
+    cost: Tensor, epsilon: float, iterations: int, a: Tensor | float = 1.0, b: Tensor | float = 1.0
+) -> Tensor:
     """The paper's iterations as its code writes them: a kernel, divided by its row sums and by its column sums."""
     kernel = (-cost / epsilon).exp()
     for _ in range(iterations):
-        kernel = kernel / kernel.sum(1, keepdim=True)
-        kernel = kernel / kernel.sum(0, keepdim=True)
+        kernel = a * kernel / kernel.sum(1, keepdim=True)
+        kernel = b * kernel / kernel.sum(0, keepdim=True)
     return kernel
 
 
@@ -85,6 +88,26 @@ def test_every_iterate_and_its_gradient_are_those_of_the_ratio_form(iterations):
     assert_close(grad(value.sum(), student), grad(expected.sum(), student))
     in_float = Sinkhorn(iterations=iterations)(teacher=teacher.float(), student=student.detach().float())
     assert_close(in_float, expected.detach().float(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_every_iterate_with_masses_too(iterations):
+    cost, a, b = normal(4, 6, seed=0).abs(), probabilities(4, seed=1).requires_grad_(), probabilities(6, seed=2)
+    solved = Sinkhorn(iterations=iterations).solve(cost, student_mass=a, teacher_mass=b)
+    expected = ratio_form(cost, 0.1, iterations, a[:, None], b)
+    assert_close(solved.plan, expected)
+    assert_close(grad(solved.value, a)[0], grad((expected * cost).sum(1), a)[0])
+    off = (expected.sum(1) - a).abs().sum() + (expected.sum(0) - b).abs().sum()
+    assert off > 1e-2
+    assert_close(solved.error, off.detach())
+
+
+def test_the_error_is_a_share_of_the_mass_on_both_sides():
+    solved = Sinkhorn(iterations=1).solve(normal(2, 6, 6, seed=0).abs())
+    wrong = replace(solved, plan=solved.plan * torch.tensor([1.1, 1.0, 0.9, 1.0, 1.0, 1.0]))
+    rows, columns = wrong.plan.sum(2) - 1, wrong.plan.sum(1) - 1
+    assert_close(wrong.error, (rows.abs().sum(1) + columns.abs().sum(1)) / 6)
+    assert_close(columns.abs().sum(1), torch.tensor([0.2, 0.2]).double(), atol=1e-7, rtol=0)
 
 
 def test_columns_come_last():
@@ -188,6 +211,17 @@ def test_newton_does_in_tens_of_steps_what_takes_sinkhorn_thousands():
     assert_close(newton.plan, plain.plan, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("gradient", ["unrolled", "detached"])
+def test_a_tolerance_is_a_share_of_the_mass(gradient):
+    cost = pairwise_cost(student=probabilities(64, 2, seed=0), teacher=probabilities(64, 2, seed=1))
+    ones, uniform = (
+        Sinkhorn(0.02, iterations=1, tolerance=1e-2, marginals=m, gradient=gradient).solve(cost)
+        for m in ("ones", "uniform")
+    )
+    assert ones.steps == uniform.steps > 1
+    assert 5e-5 < ones.error < 1e-2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("epsilon", [1e-2, 1e-3, 1e-5])
 def test_a_tiny_epsilon_neither_overflows_nor_stalls(epsilon, dtype):
@@ -265,6 +299,22 @@ def test_implicit_gradients_by_finite_differences(epsilon):
     inputs = normal(2, 3, 4, seed=0).abs(), normal(2, 3, seed=1), normal(4, seed=2)
     inputs = tuple(x.requires_grad_() for x in inputs)
     assert torch.autograd.gradcheck(plan, inputs, eps=1e-5 * epsilon, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 5e-3])
+def test_implicit_gradients_keep_their_digits_in_float32(epsilon):
+    cost = pairwise_cost(student=probabilities(12, 3, seed=0), teacher=probabilities(12, 3, seed=1)).requires_grad_()
+    in_float = cost.detach().float().requires_grad_()
+    exact, value = (Sinkhorn(epsilon, gradient="implicit", tolerance=1e-7).solve(c).value for c in (cost, in_float))
+    assert_close(grad(value, in_float)[0], grad(exact, cost)[0].float(), rtol=0, atol=2e-6)
+
+
+def test_gradients_of_masses_are_fixed_by_a_mean_of_zero():
+    cost, a, b = normal(4, 5, seed=0).abs(), probabilities(4, seed=1), probabilities(5, seed=2).requires_grad_()
+    solved = Sinkhorn(gradient="implicit", **EXACT).solve(cost, student_mass=a, teacher_mass=b)
+    (gradient,) = grad(solved.value, b)
+    assert gradient.abs().max() > 0.1
+    assert abs((b * gradient).sum()) < 1e-12
 
 
 def test_implicit_gradients_differentiate_again():
@@ -392,6 +442,16 @@ def test_half_precision_is_computed_in_float32(gradient):
     assert_close(value, d(teacher=teacher.float(), student=student.float()))
 
 
+@pytest.mark.parametrize("gradient", ["unrolled", "implicit", "detached"])
+def test_a_cost_in_half_precision_and_no_gradient_where_none_is_recorded(gradient):
+    cost = normal(4, 4, seed=0).abs().bfloat16().requires_grad_()
+    solve = Sinkhorn(gradient=gradient).solve
+    assert solve(cost).plan.dtype == torch.float32
+    assert_close(solve(cost).plan, solve(cost.float()).plan)
+    with torch.no_grad():
+        assert not solve(cost).plan.requires_grad and not solve(cost).log_plan.requires_grad
+
+
 def test_an_empty_batch_has_no_values():
     for gradient in ("unrolled", "implicit"):
         d = Sinkhorn(gradient=gradient, tolerance=1e-6)
@@ -402,14 +462,16 @@ def test_nan_is_passed_on():
     student = torch.full((3, 2), math.nan)
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
-        assert Sinkhorn(gradient="detached", tolerance=1e-6)(teacher=torch.ones(3, 2), student=student).isnan().all()
+        solved = Sinkhorn(gradient="detached", tolerance=1e-6).solve(torch.full((3, 3), math.nan))
+        assert solved.value.isnan().all() and solved.steps == 20  # no thousand steps on nothing
+        assert Sinkhorn()(teacher=torch.ones(3, 2), student=student).isnan().all()
 
 
 @pytest.mark.parametrize("gradient", ["unrolled", "implicit"])
 def test_an_unfinished_problem_warns(gradient):
     d = Sinkhorn(0.01, tolerance=1e-9, max_iterations=22, gradient=gradient)
     with pytest.warns(UserWarning, match=r"stopped after \d+ steps with marginals off by .*Raise max_iterations"):
-        d.solve(2 * normal(9, 9, seed=0).abs())
+        assert d.solve(2 * normal(9, 9, seed=0).abs()).steps in (22, 30)  # Sinkhorn's are looked at every ten
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Sinkhorn(0.01).solve(2 * normal(9, 9, seed=0).abs())  # no tolerance, no promise
