@@ -169,6 +169,9 @@ def test_no_gradient_flows_through_advantage_or_teacher(estimator):
     if not estimator.exact_k:
         assert_close(gradient(value.sum(), z), -advantage * gradient(log_q[0, 7], z))
     assert torch.autograd.grad(value.sum(), t, allow_unused=True) == (None,)
+    old = torch.zeros(1, dtype=torch.float64, requires_grad=True)  # nor through the policy that sampled
+    value = estimator.surrogate(teacher_logp=log_p, student_logp=log_q, tokens_N=token, sampled_logp_N=old)
+    assert torch.autograd.grad(value.sum(), old, allow_unused=True) == (None,)
 
 
 def test_exact_gives_no_gradient_to_the_teacher_and_uses_its_support():
@@ -288,7 +291,9 @@ def test_the_full_baseline_is_the_mean_reward_of_any_divergence():
         assert not part.advantage(*pair, tokens).requires_grad
 
 
-@pytest.mark.parametrize("estimator", [SampledReverseKL("full", exact_k=5), SampledDivergence("full")], ids=repr)
+@pytest.mark.parametrize(
+    "estimator", [SampledReverseKL(), SampledReverseKL("full", exact_k=5), SampledDivergence("full")], ids=repr
+)
 def test_low_precision_is_computed_in_float32(estimator):
     log_p, log_q, tokens = (
         log_probs(rows(4, V, seed=1)).bfloat16(),

@@ -187,6 +187,11 @@ def test_adaptive_by_hand():
     assert Adaptive(head_mass=0.95).gate(**pair).item() == pytest.approx(1.0)
 
 
+def test_the_head_ends_where_its_mass_is_reached():
+    p, q = torch.tensor([0.5, 0.25, 0.25]).log(), torch.tensor([0.25, 0.25, 0.5]).log()
+    assert Adaptive().gate(p, q).item() == pytest.approx(0.5)  # gaps 0.25 and 0.25: the first outcome is enough
+
+
 def test_outcomes_as_likely_as_the_last_of_the_head_belong_to_it():
     q = log_probs(rows(6, seed=1))
     assert Adaptive().gate(torch.full_like(q, 1 / 6).log(), q).item() == pytest.approx(1.0)

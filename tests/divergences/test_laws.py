@@ -51,6 +51,16 @@ class Triangular(FDivergence):
         return (log_ratio.exp() - 1) * torch.tanh(log_ratio / 2)
 
 
+@dataclass(frozen=True)
+class ReadOff(FDivergence):
+    """A member of which only f is known: its costs at the border, infinite ones too, are read off."""
+
+    known: FDivergence
+
+    def f(self, log_ratio: Tensor) -> Tensor:
+        return self.known.f(log_ratio)
+
+
 MEMBERS = [
     ForwardKL(),
     ReverseKL(),
@@ -72,6 +82,8 @@ MEMBERS = [
     Jeffreys(),
     SoftenedReverseKL(),
     Mixture(JensenShannon(0.5), ReverseKL(), 0.3),
+    ReadOff(ReverseKL()),
+    ReadOff(PearsonChi2()),
     Triangular(),  # the one line
 ]
 COMBINED = [  # comparable like members, but without a generator
@@ -176,6 +188,7 @@ def test_the_border_costs_are_the_limits_of_the_generator(d):
     """f(0) and lim f(r) / r, whether a member states them or leaves them to be read off."""
     stated, read = (d.at_zero, d.at_infinity), (FDivergence.at_zero.fget(d), FDivergence.at_infinity.fget(d))
     assert stated == pytest.approx(read, rel=1e-8, abs=1e-8)
+    assert all(seen == 0 for cost, seen in zip(stated, read) if cost == 0)
 
 
 @everyone
@@ -342,7 +355,7 @@ def test_zeros_give_the_limit_and_finite_gradients(d, case, dtype):
 def _fits_float32(d: FDivergence) -> bool:
     """Not those whose true value is about exp(200), nor a member that computes q f(r) as it stands."""
     unbounded = isinstance(d, PearsonChi2 | NeymanChi2) or (isinstance(d, Alpha) and not 0 <= d.alpha <= 1)
-    return not unbounded and not isinstance(d, Triangular)
+    return not unbounded and not isinstance(d, Triangular | ReadOff)
 
 
 @pytest.mark.parametrize("d", filter(_fits_float32, MEMBERS + COMBINED), ids=repr)

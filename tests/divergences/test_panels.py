@@ -298,6 +298,11 @@ def test_contrast_by_hand():
         (lambda t: mixture(t, [2, -1, 1]), RecipeError, "order 1.0 needs weights of at least 0. To subtract an expert"),
         (lambda t: mixture(t, [0, 0, 0]), RecipeError, "must have a positive sum at every position"),
         (
+            lambda t: mixture(t, torch.eye(3)[:, :2] * torch.tensor([1, 0])),
+            RecipeError,
+            "a positive sum at every position",
+        ),
+        (
             lambda t: minimiser(JensenShannon(), t),
             RecipeError,
             "under JensenShannon has no closed form here. It has for",

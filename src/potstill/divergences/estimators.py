@@ -139,7 +139,7 @@ class SampledReverseKL(Estimator):
         self._check_rows(f"exact_k {self.exact_k}", teacher_logp, student_logp)
         support = TopK(self.exact_k, of="student", tail="drop")
         ids = support.indices(teacher_logp=teacher_logp, student_logp=student_logp)
-        log_p, log_q = support(teacher_logp=_wide(teacher_logp.detach()), student_logp=_wide(student_logp))
+        log_p, log_q = support(teacher_logp=_wide(teacher_logp), student_logp=_wide(student_logp))
         with torch.no_grad():
             advantage = self._reward(log_p - log_q) - self._baseline(teacher_logp, student_logp).unsqueeze(-1)
             advantage = advantage.masked_fill(log_q == -math.inf, 0.0)  # nothing is there to be weighed

@@ -76,7 +76,7 @@ def product(teachers_logp: Sequence[Tensor] | Tensor, exponents: Sequence[float]
 def _product(teachers: Tensor, e: Tensor) -> Tensor:
     forbids = teachers == -INF
     dead = (forbids & (e > 0)).any(0)
-    joint = (e * teachers.masked_fill(forbids & ((e == 0) | dead), 0.0)).sum(0).masked_fill(dead, -INF)
+    joint = (e * teachers.masked_fill(forbids & (e == 0), 0.0)).sum(0).masked_fill(dead, -INF)
     return _normalised(joint, "product")
 
 
@@ -94,9 +94,9 @@ def power_mean(
         return _product(teachers, w)
     if (w < 0).any():
         raise RecipeError(f"A mean of order {order} needs weights of at least 0. To subtract an expert use product.")
-    absent = w == 0
-    dead = ((teachers == -INF) & ~absent).any(0) if order < 0 else (teachers == -INF).all(0)
-    raised = order * teachers.masked_fill(dead | (absent & (teachers == -INF)), 0.0) + w.log()
+    absent, forbids = w == 0, teachers == -INF
+    dead = (forbids & ~absent).any(0) & (order < 0)
+    raised = order * teachers.masked_fill(dead | (forbids & absent), 0.0) + w.log()
     mean = log_mass(raised.movedim(0, -1)) / order
     return _normalised(mean.masked_fill(dead, -INF), "mean")
 
