@@ -473,7 +473,7 @@ def test_nan_is_passed_on():
 def test_an_unfinished_problem_warns(gradient):
     d = Sinkhorn(0.01, tolerance=1e-9, max_iterations=22, gradient=gradient)
     with pytest.warns(UserWarning, match=r"stopped after \d+ steps with marginals off by .*Raise max_iterations"):
-        assert d.solve(2 * normal(9, 9, seed=0).abs()).steps in (22, 30)  # Sinkhorn's are looked at every ten
+        assert d.solve(2 * normal(9, 9, seed=0).abs()).steps == 22
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Sinkhorn(0.01).solve(2 * normal(9, 9, seed=0).abs())  # no tolerance, no promise

@@ -79,7 +79,7 @@ class Sinkhorn:
 
     tolerance: above 0, go on from there until the marginals are off by at most that share of the mass (L1): by Sinkhorn
     iterations where those are differentiated, else by damped Newton steps on the dual, of which tens do the work of tens
-    of thousands. `max_iterations` bounds all steps; a problem left unfinished warns.
+    of thousands. `max_iterations` bounds them all, the first included; a problem left unfinished warns.
     gradient: that of the plan. "unrolled": through the iterations. "implicit": of the fixed point, by one linear system
     of the size of the teacher's batch; exact at convergence, and right when differentiated again. "detached": none.
     marginals: "ones", or "uniform" for masses 1/B and 1/C. norm and power are those of `pairwise_cost`.
@@ -128,7 +128,7 @@ class Sinkhorn:
     def divergence(self, *, teacher: Tensor, student: Tensor) -> Tensor:
         """E(s, t) - E(s, s) / 2 - E(t, t) / 2, E = `entropic`: one value a group, [*G]; 0 for equal batches.
 
-        Debiased Sinkhorn divergence, arXiv 1810.08278, Eq. 3. Never negative at convergence (set a tolerance) where
+        Debiased Sinkhorn divergence, arXiv 1810.08278. Never negative at convergence (set a tolerance) where
         exp(-C / epsilon) is a positive kernel: power 1 with norm 1 or 2, power 2 with norm 2.
         """
         costs = [self._cost(student, teacher), self._cost(student, student), self._cost(teacher, teacher)]
@@ -178,7 +178,8 @@ class Sinkhorn:
                     log_plan, more, error = _newton(log_kernel, log_plan, a, b, self.tolerance, most)
                     steps += more
                 while self.gradient == "unrolled" and not error <= self.tolerance and steps < self.max_iterations:
-                    log_plan, steps = rounds(log_plan, _BLOCK), steps + _BLOCK
+                    more = min(_BLOCK, self.max_iterations - steps)
+                    log_plan, steps = rounds(log_plan, more), steps + more
                     error = _row_error(log_plan, a)
                 if not error <= self.tolerance:
                     warnings.warn(
