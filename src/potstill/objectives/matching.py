@@ -25,6 +25,7 @@ from potstill.contracts.batch import Batch, ImageBatch, PointBatch
 from potstill.contracts.errors import RecipeError
 from potstill.contracts.players import Always, Objective, OptimizerSpec, Player, When
 from potstill.contracts.terms import Loss, Term
+from potstill.divergences.scores import sid
 from potstill.models.build import freeze
 from potstill.models.denoisers import Condition, Guided, OneStep
 from potstill.models.ema import EMA
@@ -58,8 +59,7 @@ def identity_surrogate(x: Tensor, teacher: Tensor, fake: Tensor, alpha: float = 
     At alpha = 1 the gradient is half that of E|D_T - D_S|^2 where the fake score follows the generator while the points
     x_t stay: score implicit matching.
     """
-    gap = teacher - fake
-    return per_sample((1 - alpha) * gap**2 + gap * (fake - x))
+    return sid(x, teacher=teacher, student=fake, alpha=alpha) / x[0].numel()
 
 
 def condition_of(batch: Batch, denoiser: Any) -> Condition:
