@@ -10,7 +10,7 @@ from torch import Tensor
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from potstill.divergences.family import (
+from potstill.divergences import (
     Adaptive,
     Alpha,
     FDivergence,
@@ -170,7 +170,7 @@ it from hidden states and output heads without ever holding the logits of all po
 ## How fast
 
 `python benchmarks/divergences.py` (with `pip install -e '.[bench]'`) measures it beside TRL, Liger and the bare matrix
-products; the last figures are in [benchmarks/results](../benchmarks/results/divergences.md).
+products; the last figures are in [benchmarks](../benchmarks/README.md).
 """
 
 

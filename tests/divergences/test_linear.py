@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from potstill.contracts.errors import ModelError, RecipeError, SignalError
 from potstill.contracts.signals import FullLogits, HiddenAndHead, TokenLogp, TopKLogp
 from potstill.divergences import (
+    Adaptive,
     Alpha,
     Clipped,
     EntropyGated,
@@ -56,6 +57,7 @@ FAMILY = [
     Mixture(ForwardKL(), ReverseKL(), 0.3),
     EntropyGated(),
     Clipped(ForwardKL(), 0.02),
+    Adaptive(),
 ]
 SUPPORTS = [
     Full(),
