@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from divergences import machine
 from torch import Tensor
 
+from divergences import machine
 from potstill.divergences.transport import Sinkhorn, pairwise_cost
 
 RESULTS = Path(__file__).parent / "results" / "transport.json"
