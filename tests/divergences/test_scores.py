@@ -322,8 +322,14 @@ def test_integral_kl_moves_the_points_alone():
 def test_a_ratio_without_a_gradient_of_its_own_can_have_the_scores(divergence):
     case, other = Case(), Case()
     given = {k: v for k, v in other.scores.items() if k != "conditional_score"}
-    ratio = with_score_gradient(other.log_ratio.detach(), other.x_t, **given)
-    assert_close(ratio, other.log_ratio)
+    ratio = with_score_gradient(-other.log_ratio + 2 * other.log_ratio.detach(), other.x_t, **given)
+    assert_close(ratio, other.log_ratio)  # in value; its own gradient is wrong, and goes
+    at = leaves()
+    two = {k: at[k] for k in ("teacher_score", "student_score")}
+    value = with_score_gradient(at["log_ratio"], at["x_t"], **two)
+    found = torch.autograd.grad(value.sum(), list(at.values()), allow_unused=True)
+    assert [k for k, g in zip(at, found, strict=True) if g is not None] == ["x_t"]
+    assert_close(found[0], (at["teacher_score"] - at["student_score"]).detach())
     got = other.gradient(expanded(divergence, other.x_t, log_ratio=ratio, **other.scores))
     assert_close(got, case.gradient(expanded(divergence, case.x_t, log_ratio=case.log_ratio, **case.scores)))
 
@@ -434,11 +440,11 @@ def test_distances_by_their_formulas():
 
 
 def test_low_precision_is_promoted_before_anything_is_taken_apart():
-    """Large scores of small difference: in bfloat16 the difference of the exact values survives, their squares do not."""
-    at = {k: (100 + v.detach()).bfloat16() for k, v in leaves().items() if k != "log_ratio"}
-    wide = {k: v.double() for k, v in at.items()}
+    """In bfloat16 numbers so unlike have no difference of their own."""
+    at = {k: v.detach() for k, v in leaves().items() if k != "log_ratio"}
+    at = {k: (v * scale).bfloat16() for (k, v), scale in zip(at.items(), (1.0, 30.0, 0.1, 7.0), strict=True)}
     three = ("teacher_score", "student_score", "conditional_score")
-    ratio = torch.tensor([-3.0, -0.2, 0.0, 2.5])
+    ratio = torch.tensor([-3.0, -0.25, 0.0, 2.5])  # the same in bfloat16
 
     def values(at):
         scores = {k: at[k] for k in three}
@@ -451,10 +457,20 @@ def test_low_precision_is_promoted_before_anything_is_taken_apart():
             "expanded": expanded(JensenShannon(), at["x_t"], log_ratio=ratio.to(at["x_t"].dtype), **scores),
         }
 
-    exact = values(wide)
+    exact = values({k: v.double() for k, v in at.items()})
     for name, value in values(at).items():
         assert value.dtype == torch.float32
-        assert_close(value.double(), exact[name], rtol=1e-2 if name == "expanded" else 1e-5, atol=1e-4, msg=name)
+        assert_close(value.double(), exact[name], rtol=1e-5, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("divergence", [JensenShannon(0.3), SoftenedReverseKL(), SquaredHellinger()], ids=repr)
+def test_weights_of_large_ratios_keep_their_digits_in_float32(divergence):
+    """Derivatives of f that cancel: where the weight is small, all digits of a difference in float32 are gone."""
+    at = {k: v.detach() for k, v in leaves().items()} | {"log_ratio": torch.tensor([-9.0, -5.0, 8.0, 12.0]).double()}
+    low = {k: v.float() for k, v in at.items()}
+    for part in ("score", "sampling"):
+        exact = expanded(divergence, **{k: v.double() for k, v in low.items()}, parts=[part])
+        assert_close(expanded(divergence, **low, parts=[part]).double(), exact, rtol=2e-6, atol=0)
 
 
 def test_bad_input_is_said():

@@ -188,12 +188,11 @@ def expanded(
     value = torch.zeros_like(log_ratio)
     if "score" in parts:
         value = value - 2 * _weight(divergence, u) * _inner(gap, _gap("expanded", conditional_score, student_score))
-    # In u = log r, with G(u) = F(e^u): r F' = G' and r^2 F'' = G'' - G'.
-    level, first, second = _derivatives(divergence, log_ratio.detach())
+    ratio, sampling = _coefficients(divergence, log_ratio.detach())
     if "ratio" in parts:
-        value = value + _inner(_wide((second - first) * _inner(gap, gap), gap).detach() * gap.detach(), x_t)
+        value = value + _inner(_wide(ratio * _inner(gap, gap), gap).detach() * gap.detach(), x_t)
     if "sampling" in parts:
-        value = value + (level - first).detach() * _inner(gap, gap)
+        value = value + sampling * _inner(gap, gap)
     return value
 
 
@@ -214,13 +213,14 @@ def _weight(divergence: FDivergence, u: Tensor) -> Tensor:
     return (second(wide) - first(wide)).to(torch.promote_types(u.dtype, torch.float32))
 
 
-def _derivatives(divergence: FDivergence, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """G, G' and G'' of the weight in u."""
+def _coefficients(divergence: FDivergence, u: Tensor) -> tuple[Tensor, Tensor]:
+    """r^2 F'' and F - r F' of the weight F at r = e^u. With G(u) = F(e^u): G'' - G' and G - G', taken in float64."""
     wide = u.double()
     first = torch.func.grad(lambda x: _weight(divergence, x).sum())
     second = torch.func.grad(lambda x: first(x).sum())
+    slope = first(wide)
     dtype = torch.promote_types(u.dtype, torch.float32)
-    return _weight(divergence, wide).to(dtype), first(wide).to(dtype), second(wide).to(dtype)
+    return (second(wide) - slope).to(dtype), (_weight(divergence, wide) - slope).to(dtype)
 
 
 def _gap(name: str, teacher: Tensor, student: Tensor, **others: Tensor) -> Tensor:
@@ -236,9 +236,8 @@ def _gap(name: str, teacher: Tensor, student: Tensor, **others: Tensor) -> Tenso
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of each sample, [B, ...] -> [B], in float32 or better."""
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return (a.to(dtype) * b.to(dtype)).flatten(1).sum(1)
+    """Inner product of each sample, [B, ...] -> [B]."""
+    return (a * b).flatten(1).sum(1)
 
 
 def _wide(values_B: Tensor, like: Tensor) -> Tensor:
