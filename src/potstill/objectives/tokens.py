@@ -228,17 +228,19 @@ class TokenDistillation(Objective):
         tokens_N, rows = batch.tokens_counted, Rows.of(batch.counted_BT)
         hidden_ND = self.student.counted_hidden(batch)
         compare = self._from_hidden if self.student.has_linear_head else self._from_logits
+        share_N, count = self._average(rows)
         terms: dict[str, Term] = {}
         metrics: dict[str, Term] = {}
         positions: dict[str, Tensor] = {}
         if self.teacher is not None:
-            early = None if self.weighting.needs else self.weighting(Positions(mask_BR=rows.mask_BR))
-            weights_N, count = self._weights(rows, None if early is None else rows.gather(early))
-            total, values_N, seen = compare(hidden_ND, batch, tokens_N, None if early is None else weights_N)
+            weigh = lambda **seen: self.weighting(Positions(mask_BR=rows.mask_BR, **seen))
+            early_BR = None if self.weighting.needs else weigh()  # else they wait for what the comparison finds
+            early_N = None if early_BR is None else share_N * rows.gather(early_BR).detach()
+            total, values_N, seen = compare(hidden_ND, batch, tokens_N, early_N)
             spread = {f"{name}_BR": rows.spread(values) for name, values in seen.items()}
-            weights_BR = self.weighting(Positions(mask_BR=rows.mask_BR, **spread)) if early is None else early
-            if early is None:
-                total = (values_N * self._weights(rows, rows.gather(weights_BR))[0]).sum()
+            weights_BR = weigh(**spread) if early_BR is None else early_BR
+            if early_BR is None:
+                total = (values_N * share_N * rows.gather(weights_BR).detach()).sum()
             terms["divergence"] = Term(total, count, self.coefficient, unit=self.average)
             looked_at_N = rows.gather(weights_BR) != 0
             metrics |= {
@@ -248,15 +250,14 @@ class TokenDistillation(Objective):
             positions |= {"reverse_kl": spread["divergence_BR"], "weights": weights_BR}
         if "advantage" in batch.extra or self.cross_entropy:
             logits_NV = self.student.head(hidden_ND)
-            weights_N, count = self._weights(rows, None)
             if "advantage" in batch.extra:
                 advantage_N = batch.extra["advantage"][rows.row_N]
                 nll_N = by_rows(lambda some, where: _nll(some, tokens_N[where], self.temperature), logits_NV)
-                terms["reward"] = Term((weights_N * advantage_N * nll_N).sum(), count, 1.0, unit=self.average)
+                terms["reward"] = Term((share_N * advantage_N * nll_N).sum(), count, 1.0, unit=self.average)
                 metrics["reward"] = Term.over(batch.extra["reward"])
             if self.cross_entropy:
                 nll_N = by_rows(lambda some, where: _nll(some, tokens_N[where]), logits_NV)
-                terms["cross_entropy"] = Term((weights_N * nll_N).sum(), count, self.cross_entropy, unit=self.average)
+                terms["cross_entropy"] = Term((share_N * nll_N).sum(), count, self.cross_entropy, unit=self.average)
         return Loss(terms, metrics, positions)
 
     def _from_hidden(
@@ -288,7 +289,8 @@ class TokenDistillation(Objective):
         )
         assert out.also is not None and out.student_entropy is not None and out.teacher_entropy is not None
         assert out.student_logp is not None and out.teacher_logp is not None
-        if not out.values.isfinite().all() and isinstance(signal, FullLogits) and (signal.logits == -math.inf).any():
+        # Logits of hidden states are finite; those that are given need a look, for which an accelerator has to wait.
+        if isinstance(signal, FullLogits) and not out.values.isfinite().all() and (signal.logits == -math.inf).any():
             raise self._impossible()
         return (
             out.total,
@@ -346,13 +348,12 @@ class TokenDistillation(Objective):
         if self.ema is not None:
             self.ema.update(self.student)
 
-    def _weights(self, rows: Rows, weights_N: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the values are multiplied with, and what their sum is divided by."""
-        length_N = rows.mask_BR.sum(1)[rows.row_N]
-        weights_N = torch.ones_like(length_N, dtype=torch.float32) if weights_N is None else weights_N.detach()
+    def _average(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """What each position counts for in the average [N], and what the sum is divided by."""
+        length_N = rows.mask_BR.sum(1)[rows.row_N].float()
         if self.average == "token":
-            return weights_N, weights_N.new_tensor(float(len(weights_N)))
-        return weights_N / length_N, rows.mask_BR.any(1).sum().to(weights_N.dtype)
+            return torch.ones_like(length_N), length_N.new_tensor(float(len(length_N)))
+        return 1 / length_N, rows.mask_BR.any(1).sum().float()
 
     def _sampled(self, batch: TokenBatch) -> Tensor | None:
         """What another policy gave its tokens; the student's own samples of this step need no reweighting."""
