@@ -39,7 +39,7 @@ def arithmetic(
             f"arithmetic has only {len(problems)} different problems here. Ask for fewer rows, or larger numbers."
         )
     chance = keyed.uniform(keyed.key("terse", seed), torch.arange(size + test_size)).tolist()
-    rows = [_row(numbers, u < terse) for numbers, u in zip(problems, chance, strict=False)]
+    rows = [_row(numbers, u < terse) for numbers, u in zip(problems[: size + test_size], chance, strict=True)]
     settings = {"causal_lm": {"steps": 2500, "batch": 64, "lr": 2e-3, "schedule": "cosine", "warmup": 30, "clip": 1.0}}
     return Source(
         "arithmetic", "prompts", rows[test_size:], rows[:test_size], models=MODELS, teacher=settings, grade=grade
