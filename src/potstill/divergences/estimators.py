@@ -15,7 +15,7 @@ from torch import Tensor
 from potstill.contracts.errors import RecipeError, SignalError
 from potstill.contracts.signals import FullLogits, Signal, TokenLogp
 from potstill.contracts.spec import Part
-from potstill.divergences.family import FDivergence, JensenShannon, ReverseKL, kl, one_of
+from potstill.divergences.family import FDivergence, JensenShannon, ReverseKL, kl, one_of, promoted
 from potstill.divergences.supports import Full, Support, TopK
 
 
@@ -139,7 +139,7 @@ class SampledReverseKL(Estimator):
         self._check_rows(f"exact_k {self.exact_k}", teacher_logp, student_logp)
         support = TopK(self.exact_k, of="student", tail="drop")
         ids = support.indices(teacher_logp=teacher_logp, student_logp=student_logp)
-        log_p, log_q = support(teacher_logp=_wide(teacher_logp), student_logp=_wide(student_logp))
+        log_p, log_q = support(teacher_logp=promoted(teacher_logp), student_logp=promoted(student_logp))
         with torch.no_grad():
             advantage = self._reward(log_p - log_q) - self._baseline(teacher_logp, student_logp).unsqueeze(-1)
             advantage = advantage.masked_fill(log_q == -math.inf, 0.0)  # nothing is there to be weighed
@@ -195,7 +195,7 @@ class SampledReverseKL(Estimator):
 
     def _chosen(self, logp: Tensor, tokens_N: Tensor | None, whose: str) -> Tensor:
         """The sampled tokens' log-probabilities [N], in float32 or better."""
-        logp = _wide(logp)
+        logp = promoted(logp)
         if logp.dim() == 1:
             return logp
         if tokens_N is None or tokens_N.shape != logp.shape[:1]:
@@ -230,11 +230,7 @@ class SampledDivergence(SampledReverseKL):
         return self.divergence.conjugate_at(log_ratio)
 
     def _value(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        log_p, log_q = _wide(teacher_logp), _wide(student_logp)
+        log_p, log_q = promoted(teacher_logp), promoted(student_logp)
         never = log_q == -math.inf
         reward = self._reward(log_p.masked_fill(never, 0.0) - log_q.masked_fill(never, 0.0))
         return (log_q.exp() * reward).sum(-1)
-
-
-def _wide(logp: Tensor) -> Tensor:
-    return logp.to(torch.promote_types(logp.dtype, torch.float32))

@@ -76,12 +76,16 @@ class FDivergence:
         return self.entries(teacher_logp=teacher_logp, student_logp=student_logp).sum(-1)
 
     def score_weight(self, log_ratio: Tensor) -> Tensor:
-        """r^2 f''(r), detached: the weight of the score difference in one-step diffusion (f-distill, arXiv 2502.15681).
+        """r^2 f''(r), detached: the weight of the score difference in one-step diffusion (f-distill, arXiv 2502.15681)."""
+        return self.curvature(log_ratio.detach())
+
+    def curvature(self, log_ratio: Tensor) -> Tensor:
+        """r^2 f''(r), elementwise and differentiable.
 
         With F(u) = f(e^u) it is F''(u) - F'(u); in float64, because the two cancel at large ratios.
         """
         second = torch.func.grad(lambda u: self._first(u).sum())
-        u = log_ratio.detach().double()
+        u = log_ratio.double()
         return (second(u) - self._first(u)).to(torch.promote_types(log_ratio.dtype, torch.float32))
 
     def slope(self, log_ratio: Tensor) -> Tensor:
@@ -121,7 +125,7 @@ class FDivergence:
         return self._estimate(log_ratio.detach(), kind)
 
     def _estimate(self, log_ratio: Tensor, kind: str) -> Tensor:
-        log_ratio = log_ratio.to(torch.promote_types(log_ratio.dtype, torch.float32))
+        log_ratio = promoted(log_ratio)
         one_of(self, "kind", kind, ("k1", "k2", "k3"))
         if kind == "k2":
             curvature = float(self.score_weight(torch.zeros((), dtype=torch.float64)))
@@ -534,9 +538,14 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return ForwardKL()(teacher_logp=log_a, student_logp=log_b)
 
 
+def promoted(x: Tensor) -> Tensor:
+    """In float32 or better: what every value here is computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def entropy(logp: Tensor) -> Tensor:
     """-sum p log p, [*P, V] -> [*P], nats, in float32 or better. Outcomes with p = 0 count 0."""
-    logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
+    logp = promoted(logp)
     logp = logp.masked_fill(logp == -INF, 0.0)  # log 1 = 0 contributes nothing, to the value or the gradient
     return -(logp.exp() * logp).sum(-1)
 

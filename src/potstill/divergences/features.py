@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import huber_loss, logsigmoid, smooth_l1_loss
 
 from potstill.contracts.errors import ModelError, RecipeError
-from potstill.divergences.family import kl
+from potstill.divergences.family import kl, promoted
+from potstill.divergences.kernels import inner
 from potstill.divergences.logits import standardize
 from potstill.divergences.supports import log_probs
 from potstill.divergences.transport import pairwise_cost
@@ -29,7 +30,7 @@ def bernoulli_kl(*, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 
 def binary_log_probs(logits: Tensor) -> Tensor:
     """(log sigma(x), log sigma(-x)) of binary heads, [*P] -> [*P, 2]: two outcomes, for any divergence."""
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    x = promoted(logits)
     return torch.stack([logsigmoid(x), logsigmoid(-x)], -1)
 
 
@@ -60,7 +61,7 @@ def norm_and_direction(*, teacher: Tensor, student: Tensor, direction: Tensor) -
     """
     _same("norm_and_direction", teacher, student)
     _same("norm_and_direction", direction, student)
-    student, teacher = _float(student), _float(teacher)
+    student, teacher = promoted(student), promoted(teacher)
     norm = torch.maximum(_norm(student), _norm(teacher))
     norm = norm.masked_fill(norm == 0, 1.0)
     return 1 - ((student * _unit(direction, 0.0)).sum(-1, keepdim=True) / norm).squeeze(-1)
@@ -77,7 +78,7 @@ def whitened_smooth_l1(*, teacher: Tensor, student: Tensor, beta: float = 2.0) -
     if not beta > 0:
         raise RecipeError(f"whitened_smooth_l1's beta must be positive, got {beta}.")
     target = standardize(teacher, unbiased=False)
-    return smooth_l1_loss(_float(student), target, reduction="none", beta=beta).mean(-1)
+    return smooth_l1_loss(promoted(student), target, reduction="none", beta=beta).mean(-1)
 
 
 def exit_loss(
@@ -120,16 +121,12 @@ def attention_transfer(*, teacher: Tensor, student: Tensor) -> Tensor:
 
     A map is the mean over channels of the squared features, as one vector of length 1. Source: arXiv 1612.03928.
     """
-    if (
-        teacher.dim() != 4
-        or student.dim() != 4
-        or teacher.shape[::2] + teacher.shape[3:] != student.shape[::2] + student.shape[3:]
-    ):
+    if not teacher.dim() == student.dim() == 4 or teacher[:, 0].shape != student[:, 0].shape:
         raise ModelError(
             f"attention_transfer compares features [B, D, H, W] of one height and width, got teacher {list(teacher.shape)} "
             f"and student {list(student.shape)}. Resize one first."
         )
-    maps = [_float(x).square().mean(1).flatten(1) for x in (teacher, student)]
+    maps = [promoted(x).square().mean(1).flatten(1) for x in (teacher, student)]
     return normalized_mse(teacher=maps[0], student=maps[1])
 
 
@@ -198,15 +195,11 @@ def relation_kl(
             f"{list(teacher_queries.shape)} and {list(teacher_keys.shape)}, of student {list(student_queries.shape)} and "
             f"{list(student_keys.shape)}. Both models need the same heads and tokens."
         )
-    logits = [_inner(q, k) / math.sqrt(q.shape[-1]) for q, k in (rows[:2], rows[2:])]
+    logits = [inner(promoted(q), promoted(k)) / math.sqrt(q.shape[-1]) for q, k in (rows[:2], rows[2:])]
     if keep is not None:
         unseen = ~keep.unsqueeze(-2) & keep.any(-1)[..., None, None]
         logits = [x.masked_fill(unseen, -math.inf) for x in logits]
     return kl(*(log_probs(x) for x in logits))
-
-
-def _float(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -218,19 +211,14 @@ def _norm(x: Tensor) -> Tensor:
 
 def _unit(x: Tensor, eps: float) -> Tensor:
     """x / |x| over the last axis; rows no longer than eps have no direction: 0, with gradient 0."""
-    x = _float(x)
+    x = promoted(x)
     norm = _norm(x)
     short = norm <= eps
     return (x / norm.masked_fill(short, 1.0)).masked_fill(short, 0.0)
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False):
-        return _float(a) @ _float(b).mT
-
-
 def _gram(x: Tensor) -> Tensor:
-    return _inner(x, x)
+    return inner(promoted(x), promoted(x))
 
 
 def _distances(x: Tensor) -> Tensor:

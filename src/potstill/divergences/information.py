@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from potstill.contracts.errors import DataError, ModelError, RecipeError
+from potstill.divergences.family import promoted
 from potstill.divergences.supports import log_mass
 
 
@@ -70,7 +71,7 @@ def _scores(name: str, scores: Tensor) -> Tensor:
         raise DataError(
             f"{name} needs at least two rows, got {scores.shape[-1]}: without a negative nothing is compared."
         )
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return promoted(scores)
 
 
 def _log_mean_without(scores: Tensor) -> Tensor:

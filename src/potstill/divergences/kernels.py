@@ -5,7 +5,9 @@ Nothing is detached but bandwidths: detach the teacher's rows. B student rows, C
 both, D and E features, G groups (any leading shape), each with a value of its own. Float32 or better, under autocast too.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ class Linear(Kernel):
     """<x, y> with the sample's first row as origin, which no value here depends on: MMD^2 is that of the means."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _inner(_from_first(x))
+        return _gram(_from_first(x))
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Polynomial(Kernel):
             )
 
     def __call__(self, x: Tensor) -> Tensor:
-        return (_inner(x) / x.shape[-1] + self.offset) ** self.degree
+        return (_gram(x) / x.shape[-1] + self.offset) ** self.degree
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Gaussian(Kernel):
     def __call__(self, x: Tensor) -> Tensor:
         square = squared_distances(x)
         unit = median_off_diagonal(square) if self.bandwidth is None else self.bandwidth**2
-        return torch.stack([(square / (-2 * s**2 * unit)).exp() for s in self.scales]).sum(0)
+        return _total((square / (-2 * s**2 * unit)).exp() for s in self.scales)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Laplacian(Kernel):
     def __call__(self, x: Tensor) -> Tensor:
         distance = torch.cdist(x, x, p=1.0)
         unit = median_off_diagonal(distance) if self.bandwidth is None else self.bandwidth
-        return torch.stack([(distance / (-s * unit)).exp() for s in self.scales]).sum(0)
+        return _total((distance / (-s * unit)).exp() for s in self.scales)
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,12 @@ class RationalQuadratic(Kernel):
     def __call__(self, x: Tensor) -> Tensor:
         square = squared_distances(x)
         unit = median_off_diagonal(square) if self.bandwidth is None else self.bandwidth**2
-        each = [(1 + square / (2 * self.alpha * s**2 * unit)) ** -self.alpha for s in self.scales]
-        return torch.stack(each).sum(0)
+        return _total((1 + square / (2 * self.alpha * s**2 * unit)) ** -self.alpha for s in self.scales)
 
 
 def squared_distances(x: Tensor) -> Tensor:
     """|x_i - x_j|^2, [*G, N, D] -> [*G, N, N]; differentiable at coincident rows, and twice."""
-    inner = _inner(_from_first(x))
+    inner = _gram(_from_first(x))
     norm = inner.diagonal(dim1=-2, dim2=-1)
     return norm.unsqueeze(-1) + norm.unsqueeze(-2) - 2 * inner
 
@@ -230,14 +231,24 @@ def _centred(gram: Tensor, unbiased: bool) -> Tensor:
     return centred.masked_fill(constant, 0.0)
 
 
+def _total(grams: Iterable[Tensor]) -> Tensor:
+    """Their sum, one at a time: a sample's Gram matrix may be large."""
+    return reduce(torch.add, grams)
+
+
 def _from_first(x: Tensor) -> Tensor:
     """Far from the origin, inner products lose in rounding what is compared; equal rows become exactly 0."""
     return x - x[..., :1, :]
 
 
-def _inner(x: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return x @ x.mT
+def _gram(x: Tensor) -> Tensor:
+    return inner(x, x)
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of all pairs of rows, [*G, N, D] and [*G, M, D] -> [*G, N, M], in the rows' type under autocast too."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.mT
 
 
 def _rows(name: str, student: Tensor, teacher: Tensor, least: int, unbiased: bool) -> tuple[Tensor, Tensor]:

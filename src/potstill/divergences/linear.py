@@ -19,7 +19,7 @@ from torch import Tensor
 from potstill.contracts.errors import ModelError, RecipeError, SignalError
 from potstill.contracts.signals import FullLogits, HiddenAndHead, Signal, TopKLogp
 from potstill.divergences.estimators import Estimator, Exact
-from potstill.divergences.family import FDivergence, entropy
+from potstill.divergences.family import FDivergence, entropy, promoted
 from potstill.divergences.supports import Full, Support, TopK, log_mass, tail_logp
 
 CHUNK_BYTES = 2**26  # of one buffer of logits; two are held
@@ -507,7 +507,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
 def _bent(logits: Tensor, bend: tuple[float, float | None], gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Scaled and soft-capped logits in float32 or better, and their slope in the raw ones (None: 1)."""
     scale, cap = bend
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = promoted(logits)
     if scale == 1.0 and not cap:
         return logits, None
     if not cap:

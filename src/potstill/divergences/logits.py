@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from potstill.contracts.errors import DataError, ModelError
-from potstill.divergences.family import kl
+from potstill.divergences.family import kl, promoted
 from potstill.divergences.supports import log_mass, log_probs
 
 INF = float("inf")
@@ -20,7 +20,7 @@ def standardize(logits: Tensor, eps: float = 1e-7, unbiased: bool = True, detach
     unbiased: the standard deviation divides by V - 1 (the paper's). detach: no gradient through mean and deviation.
     A constant row becomes 0, as if its deviation were 1, so that its gradient stays small. Source: arXiv 2403.01427, Algorithm 1.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = promoted(logits)
     source = logits.detach() if detach else logits
     centred = source - source.mean(-1, keepdim=True)
     variance = centred.square().sum(-1, keepdim=True) / (logits.shape[-1] - int(unbiased))

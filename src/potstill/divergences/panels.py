@@ -31,6 +31,7 @@ from potstill.divergences.family import (
     PearsonChi2,
     ReverseKL,
     SquaredHellinger,
+    promoted,
 )
 from potstill.divergences.supports import log_mass
 
@@ -151,7 +152,7 @@ def disagreement(tokens_logp: Sequence[Tensor] | Tensor, spread: Literal["varian
     if len(tokens_logp) < 2:
         raise ModelError(f"disagreement needs at least two teachers, got {len(tokens_logp)}.")
     logp = torch.stack(list(tokens_logp))
-    logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
+    logp = promoted(logp)
     return logp.var(0) if spread == "variance" else logp.amax(0) - logp.amin(0)
 
 
@@ -165,7 +166,7 @@ def contrast(*, positive_logp: Tensor, negative_logp: Tensor, student_logp: Tens
     shapes = [list(x.shape) for x in (positive_logp, negative_logp, student_logp)]
     if not shapes[0] == shapes[1] == shapes[2]:
         raise ModelError(f"contrast compares equal shapes of sampled tokens, got {shapes}.")
-    log_q = student_logp.to(torch.promote_types(student_logp.dtype, torch.float32))
+    log_q = promoted(student_logp)
     near, far = ((log_q - x.detach().to(log_q.dtype)).abs() for x in (positive_logp, negative_logp))
     return (margin + near - far).clamp_min(0.0)
 
@@ -181,7 +182,7 @@ def _stacked(
             "Bring them to the same positions and the same vocabulary first."
         )
     teachers = torch.stack(list(teachers_logp))
-    teachers = teachers.to(torch.promote_types(teachers.dtype, torch.float32))
+    teachers = promoted(teachers)
     if weights is None:
         weights = [1.0 / len(teachers)] * len(teachers)
     w = torch.as_tensor(weights, dtype=teachers.dtype, device=teachers.device)

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from potstill.contracts.errors import ModelError, RecipeError
 from potstill.contracts.spec import Part
-from potstill.divergences.family import kl
+from potstill.divergences.family import kl, promoted
 from potstill.divergences.supports import log_probs
 
 INF = math.inf
@@ -41,7 +41,7 @@ def plackett_luce(
     put first stays alone if its score is set to +inf.
     """
     _same("plackett_luce", scores, order, mask)
-    s = scores.to(torch.promote_types(scores.dtype, torch.float32)).gather(-1, order)
+    s = promoted(scores).gather(-1, order)
     here = torch.ones_like(order, dtype=torch.bool) if mask is None else mask.gather(-1, order)
     lowest = torch.finfo(s.dtype).min  # -inf less -inf is NaN, and so is its gradient
     never = here & (s == -INF)
@@ -63,7 +63,7 @@ def list_mle(scores: Tensor, order: Tensor, mask: Tensor | None = None) -> Tenso
 def teacher_order(teacher: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """Entries by falling score of the teacher, the label before all others, absent ones last, [*B, N] int64. Ties keep
     their order. A negative label is none."""
-    keyed = teacher.detach().to(torch.promote_types(teacher.dtype, torch.float32))
+    keyed = promoted(teacher.detach())
     if mask is not None:
         keyed = keyed.masked_fill(~mask, -INF)
     order = keyed.sort(dim=-1, descending=True, stable=True).indices
@@ -154,7 +154,7 @@ def pld(
             "pld takes teacher_temperature or weights, not both: write weights=TeacherSoftmax(temperature)."
         )
     order = teacher_order(teacher, labels, mask)
-    wide = teacher.detach().to(torch.promote_types(teacher.dtype, torch.float32))
+    wide = promoted(teacher.detach())
     ordered = _absent_never(wide, mask).gather(-1, order)
     value = plackett_luce(student, order, (weights or TeacherSoftmax(teacher_temperature))(ordered), mask)
     return value if labels is None else value.masked_fill(labels < 0, 0.0)
@@ -168,7 +168,7 @@ def ranknet(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Ten
     Source: DeAR, arXiv 2508.16998 (RankNet, Burges et al. 2005).
     """
     _same("ranknet", student, teacher, mask)
-    student = student.to(torch.promote_types(student.dtype, torch.float32))
+    student = promoted(student)
     target = _gaps(teacher.detach().to(student.dtype), mask).sigmoid()
     gap = _gaps(student, mask)
     values = target * softplus(-gap) + (1 - target) * softplus(gap)
@@ -186,7 +186,7 @@ def lambda_rank(student: Tensor, grades: Tensor, cutoff: int = 5, mask: Tensor |
     _same("lambda_rank", student, grades, mask)
     if cutoff < 1:
         raise RecipeError(f"lambda_rank's cutoff must be at least 1, got {cutoff}.")
-    student = student.to(torch.promote_types(student.dtype, torch.float32))
+    student = promoted(student)
     gain = grades.detach().to(student.dtype).exp2() - 1
     gain = gain if mask is None else gain.masked_fill(~mask, 0.0)
     discount = 1 / torch.arange(2, gain.shape[-1] + 2, dtype=gain.dtype, device=gain.device).log2()

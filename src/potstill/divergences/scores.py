@@ -187,7 +187,7 @@ def expanded(
     u = log_ratio.detach() if detach_ratio else log_ratio
     value = torch.zeros_like(log_ratio)
     if "score" in parts:
-        value = value - 2 * _weight(divergence, u) * _inner(gap, _gap("expanded", conditional_score, student_score))
+        value = value - 2 * divergence.curvature(u) * _inner(gap, _gap("expanded", conditional_score, student_score))
     ratio, sampling = _coefficients(divergence, log_ratio.detach())
     if "ratio" in parts:
         value = value + _inner(_wide(ratio * _inner(gap, gap), gap).detach() * gap.detach(), x_t)
@@ -205,22 +205,14 @@ def with_score_gradient(log_ratio: Tensor, x_t: Tensor, *, teacher_score: Tensor
     return log_ratio.detach() - _inner(gap, x_t - x_t.detach())
 
 
-def _weight(divergence: FDivergence, u: Tensor) -> Tensor:
-    """r^2 f''(r) at r = e^u, differentiable in u: F''(u) - F'(u) of F(u) = f(e^u), in float64, where they cancel less."""
-    first = torch.func.grad(lambda x: divergence.f(x).sum())
-    second = torch.func.grad(lambda x: first(x).sum())
-    wide = u.double()
-    return (second(wide) - first(wide)).to(torch.promote_types(u.dtype, torch.float32))
-
-
 def _coefficients(divergence: FDivergence, u: Tensor) -> tuple[Tensor, Tensor]:
     """r^2 F'' and F - r F' of the weight F at r = e^u. With G(u) = F(e^u): G'' - G' and G - G', taken in float64."""
     wide = u.double()
-    first = torch.func.grad(lambda x: _weight(divergence, x).sum())
+    first = torch.func.grad(lambda x: divergence.curvature(x).sum())
     second = torch.func.grad(lambda x: first(x).sum())
     slope = first(wide)
     dtype = torch.promote_types(u.dtype, torch.float32)
-    return (second(wide) - slope).to(dtype), (_weight(divergence, wide) - slope).to(dtype)
+    return (second(wide) - slope).to(dtype), (divergence.curvature(wide) - slope).to(dtype)
 
 
 def _gap(name: str, teacher: Tensor, student: Tensor, **others: Tensor) -> Tensor:

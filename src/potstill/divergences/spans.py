@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from potstill.contracts.errors import ModelError
-from potstill.divergences.family import FDivergence
+from potstill.divergences.family import FDivergence, promoted
 from potstill.divergences.supports import Support, log_mass
 
 INF = math.inf
@@ -32,7 +32,7 @@ def span_logp(token_logp_BT: Tensor, ranges_N2: Tensor, row_N: Tensor | None = N
     `token_logp_BT[b, t]` is that of token t itself. row_N: the row of each span; without it all lie in one row [T]. A
     range without tokens gives 0.
     """
-    logp = token_logp_BT.to(torch.promote_types(token_logp_BT.dtype, torch.float32))
+    logp = promoted(token_logp_BT)
     logp, row_N = (logp[None], ranges_N2.new_zeros(len(ranges_N2))) if row_N is None else (logp, row_N)
     if logp.dim() != 2 or ranges_N2.shape != (len(row_N), 2):
         raise ModelError(
@@ -56,7 +56,7 @@ def span_logp(token_logp_BT: Tensor, ranges_N2: Tensor, row_N: Tensor | None = N
 
 def complement_logp(logp: Tensor) -> Tensor:
     """log(1 - exp(logp)), elementwise, without cancellation near 0 or 1; -inf, with zero gradient, from 1 on."""
-    logp = logp.to(torch.promote_types(logp.dtype, torch.float32))
+    logp = promoted(logp)
     certain, likely = logp >= 0, logp > -math.log(2)
     small = torch.log1p(-logp.masked_fill(likely, -INF).exp())
     large = torch.log(-torch.expm1(logp.masked_fill(certain, -1.0)))
@@ -110,6 +110,6 @@ class Shared(Support):
 
 
 def _shared(logp: Tensor, ids_K: Tensor) -> Tensor:
-    logp, ids_K = logp.to(torch.promote_types(logp.dtype, torch.float32)), ids_K.to(logp.device)
+    logp, ids_K = promoted(logp), ids_K.to(logp.device)
     rest = log_mass(logp.index_fill(-1, ids_K, -INF))  # summed, not 1 - kept: exact where nearly all is shared
     return torch.cat([logp.index_select(-1, ids_K), rest.unsqueeze(-1)], -1)

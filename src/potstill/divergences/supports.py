@@ -13,7 +13,7 @@ from torch import Tensor
 
 from potstill.contracts.errors import RecipeError
 from potstill.contracts.spec import Part
-from potstill.divergences.family import one_of
+from potstill.divergences.family import one_of, promoted
 
 INF = math.inf
 
@@ -22,7 +22,7 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature), [*P, V], in float32 or better. No T^2 here: objectives multiply, by name."""
     if not temperature > 0.0:
         raise RecipeError(f"temperature must be positive, got {temperature}.")
-    return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+    return (promoted(logits) / temperature).log_softmax(-1)
 
 
 def log_mass(logp: Tensor) -> Tensor:

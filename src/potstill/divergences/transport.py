@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from potstill.contracts.errors import ModelError, RecipeError
-from potstill.divergences.family import one_of
+from potstill.divergences.family import one_of, promoted
 
 _BLOCK = 10  # Sinkhorn iterations between two looks at the error
 
@@ -151,7 +151,7 @@ class Sinkhorn:
         Gradients reach the masses too, each side's up to a constant; a mass of 0 counts as 1e-30.
         start: the teacher's potential [*G, C] of a similar problem, to save steps.
         """
-        cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
+        cost = promoted(cost)
         weighted = student_mass is not None or teacher_mass is not None
         a, b = self._masses(cost, student_mass, teacher_mass)
         log_a, log_b = a.log().unsqueeze(-1), b.log().unsqueeze(-2)
