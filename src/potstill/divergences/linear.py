@@ -20,7 +20,7 @@ from potstill.contracts.errors import ModelError, RecipeError, SignalError
 from potstill.contracts.signals import FullLogits, HiddenAndHead, Signal, TopKLogp
 from potstill.divergences.estimators import Estimator, Exact
 from potstill.divergences.family import FDivergence, entropy, promoted
-from potstill.divergences.supports import Full, Support, TopK, log_mass, tail_logp
+from potstill.divergences.supports import Full, Support, TopK, log_mass, log_probs, tail_logp
 
 CHUNK_BYTES = 2**26  # of one buffer of logits; two are held
 CHUNK_ROWS = 512  # above it the products gain nothing
@@ -168,7 +168,7 @@ class _Rows:
         """Weights [M] and statistics; with `gradient`, the student's logits become weight x gradient."""
         teacher_logp: Tensor | None = None
         logits, slope = _bent(student_MV, self.student_bend, gradient)
-        log_q = _log_softmax(logits / self.temperature if self.temperature != 1.0 else logits)
+        log_q = log_probs(logits, self.temperature)
         compared: Callable[..., Tensor]
         if ids_MK is not None:
             known = teacher_MV.to(log_q.dtype)
@@ -177,7 +177,7 @@ class _Rows:
             teacher_entropy = entropy(tail)
         else:
             z = _bent(teacher_MV, self.teacher_bend, False)[0]
-            log_p = _log_softmax(z / self.temperature if self.temperature != 1.0 else z)
+            log_p = log_probs(z, self.temperature)
             compared = lambda log_q, part=None: self._on_rows(log_p, log_q, tokens_M, sampled_M, part)
             teacher_entropy = entropy(log_p)
             if tokens_M is not None:
@@ -221,7 +221,7 @@ class _Rows:
         tail = _tail(part.support)
         kept = log_q if self.kept_only else log_q.gather(-1, ids_MK)
         if tail == "renormalize":
-            known, kept = _log_softmax(known), _log_softmax(kept)
+            known, kept = log_probs(known), log_probs(kept)
         if tail == "bucket":
             rest = log_mass(log_q.scatter(-1, ids_MK, -math.inf))
             known, kept = torch.cat([known, tail_logp(known)[:, None]], -1), torch.cat([kept, rest[:, None]], -1)
@@ -498,10 +498,6 @@ def _check_once() -> None:
         raise ModelError(
             "linear_divergence cannot be differentiated twice (create_graph=True). Compute the divergence from logits there."
         )
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits - logits.logsumexp(-1, keepdim=True)
 
 
 def _bent(logits: Tensor, bend: tuple[float, float | None], gradient: bool) -> tuple[Tensor, Tensor | None]:
