@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pydantic import TypeAdapter
+from tests.divergences.inputs import rows
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -50,10 +51,6 @@ ESTIMATORS = [
     SampledDivergence(divergence=TotalVariation()),
 ]
 estimators = pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
-
-
-def rows(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def gradient(value: Tensor, z: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import BaseModel, TypeAdapter
 from scipy.stats import entropy as scipy_kl
+from tests.divergences.inputs import rows
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -35,10 +36,6 @@ from potstill.divergences import (
 from potstill.divergences.family import Adaptive
 
 INF = math.inf
-
-
-def rows(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_infinite_exactly_where_the_mathematics_says():

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr
+from tests.divergences.inputs import rows
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.testing import assert_close
@@ -110,10 +111,6 @@ def test_ones_own_member_is_a_part_of_recipes_at_once():
     assert TypeAdapter(Part(FDivergence)).validate_python({"name": "Clipped", "divergence": "Triangular"}) == Clipped(
         Triangular()
     )
-
-
-def rows(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def of(d: FDivergence, teacher: Tensor, student: Tensor) -> Tensor:

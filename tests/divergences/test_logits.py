@@ -3,17 +3,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from tests.divergences.inputs import rows
 from torch.testing import assert_close
 
 from potstill.contracts.errors import DataError, ModelError
 from potstill.divergences import dist_terms, dkd_terms, kd, log_probs, standardize
 
 INF = math.inf
-
-
-def rows(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_kd_by_hand_at_a_temperature():

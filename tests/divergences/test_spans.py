@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.divergences.inputs import rows
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -31,10 +32,6 @@ from potstill.models.alignment import align, piece_ranges
 INF = math.inf
 OURS = [m for _, m in sorted(members(FDivergence).items()) if m.__module__.startswith("potstill.")]
 DIVERGENCES = [member() for member in OURS]
-
-
-def rows(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def gradient(value: Tensor, z: Tensor) -> Tensor:
