@@ -47,16 +47,18 @@ class FDivergence:
     def _seen_at_infinity(self) -> Tensor:
         return _limit(self.f(_FAR) / _FAR.exp())
 
-    def _entry(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """q f(p / q) where both are positive."""
-        return log_q.exp() * self.f(log_p - log_q)
+    def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        """q f(p / q) where both are positive. Elsewhere what it is does not matter, and log_ratio is 0; the logarithms,
+        which may be -inf there, go through exp alone."""
+        return log_q.exp() * self.f(log_ratio)
 
     def entries(self, *, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
         """The contributions q f(p / q) of the single outcomes, [*P, V]. They may be negative; their sum is not."""
         log_p, log_q = _pair(type(self).__name__, teacher_logp, student_logp)
         no_p, no_q = log_p == -INF, log_q == -INF
         border = no_p | no_q  # -inf must reach no arithmetic: 0 * inf is NaN, in the value or in the gradient
-        values = self._entry(log_p.masked_fill(border, 0.0), log_q.masked_fill(border, 0.0)).masked_fill(border, 0.0)
+        log_ratio = log_p.masked_fill(border, 0.0) - log_q.masked_fill(border, 0.0)
+        values = self._entry(log_p, log_q, log_ratio).masked_fill(border, 0.0)
         member, base = type(self), FDivergence  # costs that are read off stay tensors, which a compiler can trace
         zero = self._seen_at_zero() if member.at_zero is base.at_zero else self.at_zero
         infinity = self._seen_at_infinity() if member.at_infinity is base.at_infinity else self.at_infinity
@@ -155,8 +157,8 @@ class ForwardKL(FDivergence):
     def f(self, log_ratio: Tensor) -> Tensor:
         return log_ratio.exp() * log_ratio
 
-    def _entry(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return log_p.exp() * (log_p - log_q)
+    def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return log_p.exp() * log_ratio
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,8 @@ class ReverseKL(FDivergence):
     def f(self, log_ratio: Tensor) -> Tensor:
         return -log_ratio
 
-    def _entry(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return log_q.exp() * (log_q - log_p)
+    def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return -log_q.exp() * log_ratio
 
 
 @dataclass(frozen=True)
@@ -202,9 +204,8 @@ class JensenShannon(FDivergence):
         w, log_m = self.teacher_share, _log_mix(log_ratio, self.teacher_share)
         return w * log_ratio.exp() * (log_ratio - log_m) - (1 - w) * log_m
 
-    def _entry(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        w, log_ratio = self.teacher_share, log_p - log_q
-        log_m = _log_mix(log_ratio, w)  # log m - log q
+    def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        w, log_m = self.teacher_share, _log_mix(log_ratio, self.teacher_share)  # log m - log q
         return w * log_p.exp() * (log_ratio - log_m) - (1 - w) * log_q.exp() * log_m
 
 
@@ -228,8 +229,8 @@ class SkewForwardKL(FDivergence):
     def f(self, log_ratio: Tensor) -> Tensor:
         return log_ratio.exp() * (log_ratio - _log_mix(log_ratio, self.alpha))
 
-    def _entry(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return log_p.exp() * (log_p - log_q - _log_mix(log_p - log_q, self.alpha))
+    def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return log_p.exp() * (log_ratio - _log_mix(log_ratio, self.alpha))
 
 
 @dataclass(frozen=True)
@@ -282,12 +283,11 @@ class Alpha(FDivergence):
             return u * u.exp() - torch.expm1(u)
         return (torch.expm1(a * u) - a * torch.expm1(u)) / (a * (a - 1))
 
-    def _entry(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         # Measured from the larger of p and q: D_a(p, q) = D_{1-a}(q, p), and neither exponential overflows.
-        u = log_p - log_q
-        above = u > 0
-        from_q = log_q.exp() * self._generator(u.masked_fill(above, 0.0), self.alpha)
-        from_p = log_p.exp() * self._generator((-u).masked_fill(~above, 0.0), 1 - self.alpha)
+        above = log_ratio > 0
+        from_q = log_q.exp() * self._generator(log_ratio.masked_fill(above, 0.0), self.alpha)
+        from_p = log_p.exp() * self._generator((-log_ratio).masked_fill(~above, 0.0), 1 - self.alpha)
         return torch.where(above, from_p, from_q)
 
 
@@ -301,7 +301,7 @@ class TotalVariation(FDivergence):
     def f(self, log_ratio: Tensor) -> Tensor:
         return torch.expm1(log_ratio).abs() / 2
 
-    def _entry(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+    def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return (log_p.exp() - log_q.exp()).abs() / 2
 
 
@@ -315,8 +315,10 @@ class SquaredHellinger(FDivergence):
     def f(self, log_ratio: Tensor) -> Tensor:
         return torch.expm1(log_ratio / 2).square() / 2
 
-    def _entry(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return ((log_p / 2).exp() - (log_q / 2).exp()).square() / 2
+    def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        above = log_ratio > 0  # from the larger of both, so that nothing underflows before it must
+        larger = torch.where(above, log_p, log_q).exp()
+        return larger * torch.expm1(torch.where(above, -log_ratio, log_ratio) / 2).square() / 2
 
 
 @dataclass(frozen=True)
@@ -329,8 +331,8 @@ class PearsonChi2(FDivergence):
     def f(self, log_ratio: Tensor) -> Tensor:
         return torch.expm1(log_ratio).square()
 
-    def _entry(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return _chi2(log_p, log_q)
+    def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return _chi2(log_p, log_q, log_ratio)
 
 
 @dataclass(frozen=True)
@@ -343,8 +345,8 @@ class NeymanChi2(FDivergence):
     def f(self, log_ratio: Tensor) -> Tensor:
         return (log_ratio / 2).sinh().square() * 4  # (1 - r)^2 / r
 
-    def _entry(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return _chi2(log_q, log_p)
+    def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return _chi2(log_q, log_p, -log_ratio)
 
 
 @dataclass(frozen=True)
@@ -357,8 +359,8 @@ class Jeffreys(FDivergence):
     def f(self, log_ratio: Tensor) -> Tensor:
         return torch.expm1(log_ratio) * log_ratio
 
-    def _entry(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return (log_p.exp() - log_q.exp()) * (log_p - log_q)
+    def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return (log_p.exp() - log_q.exp()) * log_ratio
 
 
 @dataclass(frozen=True)
@@ -374,9 +376,8 @@ class SoftenedReverseKL(FDivergence):
     def f(self, log_ratio: Tensor) -> Tensor:
         return (log_ratio.exp() + 1) * (_log_mix(log_ratio, 0.5) - log_ratio)
 
-    def _entry(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        u = log_p - log_q
-        return (log_p.exp() + log_q.exp()) * (_log_mix(u, 0.5) - u)
+    def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return (log_p.exp() + log_q.exp()) * (_log_mix(log_ratio, 0.5) - log_ratio)
 
 
 @dataclass(frozen=True)
@@ -546,8 +547,7 @@ def promoted(x: Tensor) -> Tensor:
 def entropy(logp: Tensor) -> Tensor:
     """-sum p log p, [*P, V] -> [*P], nats, in float32 or better. Outcomes with p = 0 count 0."""
     logp = promoted(logp)
-    logp = logp.masked_fill(logp == -INF, 0.0)  # log 1 = 0 contributes nothing, to the value or the gradient
-    return -(logp.exp() * logp).sum(-1)
+    return -(logp.exp() * logp.masked_fill(logp == -INF, 0.0)).sum(-1)
 
 
 def one_of(part: object, option: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -590,7 +590,7 @@ def _charge(values: Tensor, logp: Tensor, where: Tensor, cost: float | Tensor) -
 
 
 def _charge_by(values: Tensor, logp: Tensor, where: Tensor, cost: float | Tensor) -> Tensor:
-    return torch.where(where, cost * logp.masked_fill(~where, 0.0).exp(), values)
+    return torch.where(where, cost * logp.exp(), values)
 
 
 def _blend(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
@@ -609,12 +609,11 @@ def _log_mix(u: Tensor, w: float) -> Tensor:
         return w * u
     above = u > 0  # measured from the larger of both, so that one exponential serves near 0 and far from it
     below = torch.expm1(torch.where(above, -u, u))
-    return torch.where(above, u + torch.log1p((1 - w) * below), torch.log1p(w * below))
+    return torch.where(above, u, 0.0) + torch.log1p(torch.where(above, (1 - w) * below, w * below))
 
 
-def _chi2(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """(a - b)^2 / b, factored by the larger of both so that nothing overflows before it must."""
-    u = log_a - log_b
+def _chi2(log_a: Tensor, log_b: Tensor, u: Tensor) -> Tensor:
+    """(a - b)^2 / b, u = log(a / b), factored by the larger of both so that nothing overflows before it must."""
     scale = torch.where(u > 0, log_a + u, log_b)
     return scale.exp() * torch.expm1(torch.where(u > 0, -u, u)).square()
 

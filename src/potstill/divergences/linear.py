@@ -26,6 +26,7 @@ CHUNK_BYTES = 2**26  # of one buffer of logits; two are held
 CHUNK_ROWS = 512  # above it the products gain nothing
 GPU_ROWS = 128  # rows of one pass of row-wise work on an accelerator
 BLOCK = 2**18  # logits in one pass of row-wise work: about what a core's second-level cache holds
+RECOMPUTE = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 1000}  # fuse rather than write to memory
 TILE = 2**22  # entries of a head that are converted at once where the processor multiplies its type slowly
 
 
@@ -475,7 +476,9 @@ class _Again(torch.autograd.Function):
 def _row_function(rows: _Rows, compiled: bool) -> Callable[..., tuple[Tensor, RowStatistics]]:
     if not compiled:
         return rows.__call__
-    fused = cast(Any, torch.compile)(rows.__call__, dynamic=False, fullgraph=True, isolate_recompiles=True)
+    fused = cast(Any, torch.compile)(
+        rows.__call__, dynamic=False, fullgraph=True, isolate_recompiles=True, options=RECOMPUTE
+    )
     fallback: list[Exception] = []
 
     def call(*inputs: Any) -> tuple[Tensor, RowStatistics]:
