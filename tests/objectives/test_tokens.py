@@ -12,7 +12,8 @@ from potstill.contracts.signals import FullLogits
 from potstill.divergences import Exact, ForwardKL, JensenShannon, ReverseKL, SampledReverseKL, TopK
 from potstill.models.causal import CausalLM
 from potstill.models.tokenizers import character_tokenizer
-from potstill.objectives.tokens import RolloutSpec, Rows, TokenDistillation, by_rows, completed
+from potstill.objectives.states import Rows, by_rows
+from potstill.objectives.tokens import RolloutSpec, TokenDistillation, completed
 from potstill.teachers import FrozenStart, LocalTeacher, PrivilegedTeacher
 from potstill.weighting import EarlyPrefix, EntropyTop, Uniform
 
@@ -208,7 +209,7 @@ def test_support_is_an_axis():
 
 @pytest.mark.parametrize("chunk", [1, 40, 10_000])
 def test_rows_in_pieces_give_the_values_and_gradients_of_all_at_once(chunk, monkeypatch):
-    monkeypatch.setattr("potstill.objectives.tokens.CHUNK", chunk)
+    monkeypatch.setattr("potstill.objectives.states.CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     logits, weights = torch.randn(7, 12, generator=generator, dtype=torch.float64), torch.arange(7.0).double()
     function = lambda rows, where: (rows.log_softmax(-1).exp() * torch.arange(12.0)).sum(-1) * (1 + where.start * 0)
@@ -228,9 +229,9 @@ def test_pieces_of_a_batch_keep_their_own_teacher_rows_and_tokens(monkeypatch):
     for estimator in (ForwardKL(), SampledReverseKL(baseline="full")):
         whole, pieces = objective(estimator, cross_entropy=0.3), objective(estimator, cross_entropy=0.3)
         a = whole.loss("student", rows, 0)
-        monkeypatch.setattr("potstill.objectives.tokens.CHUNK", 2 * TOKENIZER.vocab_size)
+        monkeypatch.setattr("potstill.objectives.states.CHUNK", 2 * TOKENIZER.vocab_size)
         b = pieces.loss("student", rows, 0)
-        monkeypatch.setattr("potstill.objectives.tokens.CHUNK", 2**20)
+        monkeypatch.setattr("potstill.objectives.states.CHUNK", 2**20)
         assert_close(a.value(), b.value())
         assert_close(a.positions["reverse_kl"], b.positions["reverse_kl"])
         a.value().backward()

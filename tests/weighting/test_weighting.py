@@ -16,7 +16,7 @@ VALUES = {
     "student_entropy_BR": torch.tensor([[0.1, 0.9, 0.5, 0.3, 9.0], [9.0, 0.2, 0.4, 9.0, 9.0]]),
     "teacher_entropy_BR": torch.tensor([[0.1, 0.9, 0.5, 0.3, 9.0], [9.0, 0.2, 0.4, 9.0, 9.0]]),
     "log_ratio_BR": torch.tensor([[0.3, -0.1, 0.6, 0.0, 9.0], [9.0, -1.0, 3.0, 9.0, 9.0]]),
-    "divergence_BR": torch.tensor([[0.3, 0.1, 0.6, 0.0, 9.0], [9.0, 1.0, 3.0, 9.0, 9.0]]),
+    "reverse_kl_BR": torch.tensor([[0.3, 0.1, 0.6, 0.0, 9.0], [9.0, 1.0, 3.0, 9.0, 9.0]]),
 }
 MEMBERS = [
     Uniform(),

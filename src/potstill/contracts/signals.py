@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from potstill.contracts.batch import Batch
@@ -28,6 +29,12 @@ class HiddenAndHead(Signal):
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+
+    def logits(self, where: Tensor | None = None) -> Tensor:
+        """The logits [M, V] of all positions, or of those picked by a mask or by numbers."""
+        hidden = self.hidden_ND if where is None else self.hidden_ND[where]
+        logits = self.scale * torch.nn.functional.linear(hidden, self.head_VD, self.bias_V)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
 @dataclass(frozen=True)

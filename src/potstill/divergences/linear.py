@@ -8,7 +8,7 @@ vocabulary, D widths (student's and teacher's may differ), K support size.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, cast
@@ -22,8 +22,8 @@ from potstill.divergences.estimators import Estimator, Exact
 from potstill.divergences.family import FDivergence, entropy, promoted
 from potstill.divergences.supports import Full, Support, TopK, log_mass, log_probs, tail_logp
 
-CHUNK_BYTES = 2**26  # of one buffer of logits; two are held
-CHUNK_ROWS = 512  # above it the products gain nothing
+CHUNK_BYTES = 160 * 10**6  # of one buffer of logits; two are held
+CHUNK_ROWS = 512  # above it the products gain nothing, far below it they wait for the heads to be read again
 GPU_ROWS = 128  # rows of one pass of row-wise work on an accelerator
 BLOCK = 2**18  # logits in one pass of row-wise work: about what a core's second-level cache holds
 RECOMPUTE = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 1000}  # fuse rather than write to memory
@@ -35,6 +35,7 @@ class RowStatistics(NamedTuple):
 
     The token log-probabilities are there when tokens were given, the teacher's unless it gives its top k alone, the
     student's entropy unless only its kept logits were made. With a teacher's top k, its entropy counts the tail as one.
+    `also` is [*P, A], the A other divergences that were asked.
     """
 
     value: Tensor
@@ -79,7 +80,7 @@ def linear_divergence(
     compiled: bool = False,
     differentiable_values: bool = False,
     grad_scale: float | None = None,
-    also: FDivergence | None = None,
+    also: Sequence[FDivergence] = (),
 ) -> LinearDivergence:
     """sum_n w_n D(p_n, q_n) with log q = log softmax(bend(hidden @ head.T + bias) / temperature), p likewise.
 
@@ -100,7 +101,7 @@ def linear_divergence(
         are made again in the backward pass.
     grad_scale: the factor that `total` will have in the loss. Where known beforehand, and `student_head.grad` exists,
         the head's gradient is added there during the forward pass, with no buffer of its own.
-    also: another divergence to look at on the way, over all that the teacher gives; never differentiated.
+    also: other divergences to look at on the way, over all that the teacher gives; never differentiated.
 
     The gradient is made in the forward pass, once: a second backward pass through the same call is refused, and so is
     differentiating twice. Computed in float32 or better, also under autocast; bfloat16 heads are multiplied in float32
@@ -130,7 +131,7 @@ def linear_divergence(
             "a function of the row cannot be one of them. Multiply the values by your weights yourself."
         )
     kept_only = isinstance(flat, TopKLogp) and isinstance(part, Exact) and _tail(part.support) == "renormalize"
-    rows = _Rows(part, temperature, (student_scale, student_softcap), _bend(flat), weigh, also, kept_only)
+    rows = _Rows(part, temperature, (student_scale, student_softcap), _bend(flat), weigh, tuple(also), kept_only)
     engine = _Engine(rows, flat, given[0], given[1], size, chunk, compiled, torch.is_grad_enabled())
     if differentiable_values:
         out = cast(tuple[Tensor | None, ...], _Again.apply(*own, engine, weights_N))
@@ -153,7 +154,7 @@ class _Rows:
     student_bend: tuple[float, float | None]
     teacher_bend: tuple[float, float | None]
     weigh: Callable[[RowStatistics], Tensor] | None
-    also: FDivergence | None
+    also: tuple[FDivergence, ...]
     kept_only: bool = False  # the columns are a support's, so that nothing is known of the others
 
     def __call__(
@@ -193,8 +194,8 @@ class _Rows:
         stats = RowStatistics(value, None if self.kept_only else entropy(log_q), teacher_entropy)
         if tokens_M is not None and not self.kept_only:
             stats = stats._replace(student_logp=log_q.gather(-1, tokens_M[:, None])[:, 0], teacher_logp=teacher_logp)
-        if self.also is not None:
-            stats = stats._replace(also=compared(log_q, self.also).sum(-1))
+        if self.also:
+            stats = stats._replace(also=torch.stack([compared(log_q, part).sum(-1) for part in self.also], -1))
         weights_M = weights_M if self.weigh is None else self.weigh(stats).to(weights_M.dtype)
         if gradient:
             inner = pulled - log_q.exp() * pulled.sum(-1, keepdim=True)  # back through the normalisation
@@ -279,7 +280,7 @@ class _Engine:
                         any(wanted),
                     )
                     # Written into place: small results that stay would break up the memory between large ones.
-                    found = found or [None if x is None else x.new_zeros(total) for x in seen]
+                    found = found or [None if x is None else x.new_zeros(total, *x.shape[1:]) for x in seen]
                     for column, x in zip(found, seen, strict=True):
                         if column is not None and x is not None:
                             column[at] = x
@@ -288,7 +289,11 @@ class _Engine:
             gradients[1] = gradients[1].to(head_VD.dtype)
         if gradients[2] is not None:
             gradients[2] = gradients[2].to(cast(Tensor, bias_V).dtype)
-        return used, RowStatistics(*cast(Any, found or [torch.zeros_like(weights)] * 6)), gradients
+        return used, RowStatistics(*cast(Any, found or self._nothing(weights))), gradients
+
+    def _nothing(self, like_N: Tensor) -> list[Tensor]:
+        """The statistics where no position was looked at."""
+        return [torch.zeros_like(like_N)] * 5 + [like_N.new_zeros(len(like_N), len(self.rows.also))]
 
     def _sizes(self, positions: int, head_VD: Tensor) -> tuple[int, int]:
         """How many positions make a chunk, and how many rows a block of row-wise work."""
@@ -298,10 +303,10 @@ class _Engine:
             else self.vocabulary
         )
         size = self.chunk or min(CHUNK_ROWS, max(1, CHUNK_BYTES // (4 * width)))
-        size = max(1, min(size, positions))
+        size = max(1, math.ceil(positions / max(1, math.ceil(positions / size))))  # chunks of about one size
         wanted = GPU_ROWS if head_VD.device.type != "cpu" else max(torch.get_num_threads(), BLOCK // self.vocabulary)
         block = size if self.rows.kept_only else min(size, wanted)
-        return size - size % block, block
+        return size + -size % block if positions > size else size, block
 
 
 class _AllColumns:

@@ -6,7 +6,7 @@ micro-batch: [N, V] logits exist for one at a time.
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -150,6 +150,39 @@ def compare_on_rollouts(
         for batch in watched(prompts, "rollouts")
     )
     return _compare(student, teacher, rollouts, temperature)
+
+
+def graded(
+    model: CausalLM,
+    prompts: Sequence[PromptBatch],
+    grade: Callable[[Any, str], float],
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    samples: int = 1,
+) -> dict[str, float]:
+    """How right a model's answers are by `grade` (of a prompt's row and the answer, 0 to 1), and how long, in tokens.
+
+    Greedy with one sample; with more, sampled at temperature 1, and `pass_rate` is the share of prompts that are
+    answered fully right at least once.
+    """
+    scores: list[list[float]] = []
+    lengths: list[int] = []
+    for batch in watched(prompts, "answers"):
+        out = sample(
+            model, batch, max_new_tokens=max_new_tokens, greedy=samples == 1, seed=seed, samples_per_prompt=samples
+        )
+        answers = completions_of(out)
+        texts = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        marks = [grade(row, text) for row, text in zip(out.extra["rows"], texts, strict=True)]
+        scores += [marks[i : i + samples] for i in range(0, len(marks), samples)]
+        lengths += [len(answer) for answer in answers]
+    _some(len(lengths))
+    found = {
+        "accuracy": sum(map(sum, scores)) / len(lengths),
+        "answer_tokens": sum(lengths) / len(lengths),
+    }
+    return found | ({"pass_rate": sum(max(m) >= 1.0 for m in scores) / len(scores)} if samples > 1 else {})
 
 
 @torch.no_grad()

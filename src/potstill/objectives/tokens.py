@@ -2,23 +2,21 @@
 
 Roll out or take given text, score the same tokens under student and teacher, compare at every counted position, weigh,
 sum and count. A paper is a choice of estimator (exact divergence or sampled gradient), states (data or rollouts),
-weighting and teacher.
+weighting and teacher, and perhaps a further term on the same states.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from potstill.contracts import keyed
 from potstill.contracts.batch import Batch, PromptBatch, TokenBatch
-from potstill.contracts.errors import DataError, NonFiniteError, RecipeError
+from potstill.contracts.errors import DataError, NonFiniteError, RecipeError, SignalError
 from potstill.contracts.players import Objective, OptimizerSpec, Player
-from potstill.contracts.signals import FullLogits, HiddenAndHead, check_signals
+from potstill.contracts.signals import FullLogits, HiddenAndHead, Signal, TokenLogp, TopKLogp
 from potstill.contracts.spec import Spec
 from potstill.contracts.terms import Loss, Term
 from potstill.divergences import (
@@ -26,18 +24,25 @@ from potstill.divergences import (
     Exact,
     FDivergence,
     ForwardKL,
+    JensenShannon,
     ReverseKL,
     entropy,
     linear_divergence,
     log_probs,
 )
 from potstill.models.ema import EMA
+from potstill.objectives.states import Rows, TokenStates, TokenTerm, by_rows, signal_of, token_logp, weighted_nll
 from potstill.rollouts.groups import group_advantages
 from potstill.rollouts.local import completions_of, sample
 from potstill.teachers.local import LocalTeacher, check_vocabulary
 from potstill.weighting import Positions, Uniform, Weighting
 
-CHUNK = 2**20  # logits that go through the row-wise work at once
+ALSO: dict[str, FDivergence] = {
+    "reverse_kl": ReverseKL(),
+    "forward_kl": ForwardKL(),
+    "jensen_shannon": JensenShannon(0.5),
+}
+COMPARED = {*ALSO, "student_entropy", "teacher_entropy", "log_ratio"}  # what is known once two models were compared
 
 
 class RolloutSpec(Spec):
@@ -50,70 +55,11 @@ class RolloutSpec(Spec):
     samples_per_prompt: int = 1
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Where the N counted positions of a batch lie in rows: [N] <-> [B, R], R the longest row."""
-
-    row_N: Tensor
-    order_N: Tensor
-    mask_BR: Tensor
-
-    @staticmethod
-    def of(counted_BT: Tensor) -> "Rows":
-        order_BT = counted_BT.cumsum(1) - 1
-        row_N = torch.arange(len(counted_BT), device=counted_BT.device)[:, None].expand_as(counted_BT)[counted_BT]
-        length_B = counted_BT.sum(1)
-        longest = int(length_B.max()) if len(length_B) else 0
-        return Rows(
-            row_N, order_BT[counted_BT], torch.arange(longest, device=counted_BT.device)[None] < length_B[:, None]
-        )
-
-    def spread(self, values_N: Tensor) -> Tensor:
-        """[N] -> [B, R], zero beyond a row's end."""
-        out = values_N.new_zeros(self.mask_BR.shape)
-        return out.index_put((self.row_N, self.order_N), values_N)
-
-    def gather(self, values_BR: Tensor) -> Tensor:
-        return values_BR[self.row_N, self.order_N]
-
-
-class _ByRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        size = max(1, CHUNK // logits_NV.shape[-1])
-        gradient = torch.empty_like(logits_NV) if ctx.needs_input_grad[0] else None
-        values = []
-        for start in range(0, len(logits_NV), size):
-            where = slice(start, start + size)
-            with torch.set_grad_enabled(gradient is not None):
-                rows = logits_NV[where].detach().requires_grad_(gradient is not None)
-                value = function(rows, where)
-                if gradient is not None:
-                    gradient[where] = torch.autograd.grad(value.sum(), rows)[0]
-            values.append(value.detach())
-        ctx.save_for_backward(*([gradient] if gradient is not None else []))
-        return torch.cat(values) if values else logits_NV.new_zeros(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * gradient_N[:, None].to(gradient.dtype), None
-
-
-def by_rows(function: Callable[[Tensor, slice], Tensor], logits_NV: Tensor) -> Tensor:
-    """`function(some rows of logits, which) -> a value each`, over all rows. [N, V] -> [N].
-
-    A value may depend on its own row alone. The rows go through in pieces that fit a cache, and each piece's gradient is
-    made at once, so that one [N, V] tensor is kept for the backward pass and not one for every operation.
-    """
-    return cast(Tensor, _ByRows.apply(logits_NV, function))
-
-
 class TokenDistillation(Objective):
     """Distil a causal language model at the counted tokens of text, completions or the student's own rollouts.
 
-    student, teacher: a CausalLM and anything that gives FullLogits (None: plain language modelling, the control).
+    student, teacher: a CausalLM and a teacher (None: plain language modelling, the control). One that gives its top k
+        alone serves exact divergences, one that gives its tokens' log-probabilities the sampled gradient without baseline.
     estimator: an FDivergence (exact over the vocabulary) or an Estimator (sampled gradient; needs on-policy states).
     rollouts: with a PromptBatch, how to continue it; on_policy: the share of steps that do so, the others taking the
         prompt's ground-truth completion (GKD's lambda, drawn by a keyed coin a step).
@@ -123,7 +69,9 @@ class TokenDistillation(Objective):
     average: "token" divides by counted tokens, "sequence" averages over each sequence first.
     temperature divides both logits; no T^2 is applied unless `temperature_squared`.
     reward: of a prompt's row and the student's completion, a float; its advantage in the group of `samples_per_prompt`
-        (mean and deviation taken off) is added to the sampled gradient of every token of the completion.
+        (mean and deviation taken off) is added to the sampled gradient of every token of the completion, `advantage` times;
+        at 0 it is there for the weighting alone.
+    extras: further terms on the same states.
     """
 
     def __init__(
@@ -146,6 +94,8 @@ class TokenDistillation(Objective):
         temperature_squared: bool = False,
         ema: float | None = None,
         reward: Callable[[Mapping[str, Any], str], float] | None = None,
+        advantage: float = 1.0,
+        extras: Sequence[TokenTerm] = (),
     ) -> None:
         super().__init__()
         self.student = student
@@ -154,11 +104,15 @@ class TokenDistillation(Objective):
         self.optimizer, self.seed = optimizer, seed
         self.rollouts, self.on_policy = rollouts, on_policy
         self.weighting, self.distillation, self.cross_entropy = weighting, distillation, cross_entropy
-        self.average, self.temperature, self.reward = average, temperature, reward
+        self.average, self.temperature, self.reward, self.advantage = average, temperature, reward, advantage
+        self.extras = tuple(extras)
         self.coefficient = distillation * (temperature**2 if temperature_squared else 1.0)
         self.ema = EMA(student, ema) if ema is not None else None
+        self.teacher_state = getattr(teacher, "state", None)  # of a teacher that moves: saved with the student
+        self.moving = getattr(teacher, "ema", None)  # a teacher that follows the student is saved with it
+        self.shared: int | None = None
         if teacher is not None:
-            check_signals(type(self).__name__, FullLogits, teacher)
+            self._check_teacher(teacher)
             self.shared = check_vocabulary(student, teacher)
         elif cross_entropy == 0:
             raise RecipeError("Without a teacher nothing is left to learn: give a teacher, or cross_entropy > 0.")
@@ -180,6 +134,24 @@ class TokenDistillation(Objective):
                 )
             if rollouts.samples_per_prompt < 2:
                 raise RecipeError("A reward is compared within a group: set rollouts.samples_per_prompt to 2 or more.")
+
+    def _check_teacher(self, teacher: Any) -> None:
+        """Refuse, before any work, a teacher that gives less than is asked."""
+        if teacher.gives & {FullLogits, HiddenAndHead}:
+            return
+        known = getattr(teacher, "temperature", 1.0)
+        if teacher.gives and known != self.temperature:
+            raise SignalError(
+                f"{teacher.name} gives log-probabilities at temperature {known}, and {self.temperature} is asked. "
+                f"Set method.temperature to {known}, or use a live teacher."
+            )
+        exact = TopKLogp in teacher.gives and isinstance(self.estimator, Exact)
+        if not exact and not (TokenLogp in teacher.gives and self.estimator.needs is TokenLogp):
+            given = ", ".join(sorted(s.__name__ for s in teacher.gives)) or "nothing"
+            raise SignalError(
+                f"{type(self.estimator).__name__} needs more than {teacher.name} gives ({given}). With a top k, use an exact "
+                "divergence; with tokens' log-probabilities, SampledReverseKL without baseline; else a live teacher."
+            )
 
     @property
     def couples(self) -> Literal["position", "group", "batch"]:  # type: ignore[override]
@@ -225,50 +197,93 @@ class TokenDistillation(Objective):
 
     def loss(self, player: str, batch: Batch, step: int) -> Loss:
         assert isinstance(batch, TokenBatch)
-        tokens_N, rows = batch.tokens_counted, Rows.of(batch.counted_BT)
-        hidden_ND = self.student.counted_hidden(batch)
-        compare = self._from_hidden if self.student.has_linear_head else self._from_logits
-        share_N, count = self._average(rows)
+        states = self._states(batch)
+        rows, count = states.rows, states.count
         terms: dict[str, Term] = {}
         metrics: dict[str, Term] = {}
         positions: dict[str, Tensor] = {}
         if self.teacher is not None:
-            weigh = lambda **seen: self.weighting(Positions(mask_BR=rows.mask_BR, **seen))
-            early_BR = None if self.weighting.needs else weigh()  # else they wait for what the comparison finds
-            early_N = None if early_BR is None else share_N * rows.gather(early_BR).detach()
-            total, values_N, seen = compare(hidden_ND, batch, tokens_N, early_N)
-            spread = {f"{name}_BR": rows.spread(values) for name, values in seen.items()}
-            weights_BR = weigh(**spread) if early_BR is None else early_BR
-            if early_BR is None:
-                total = (values_N * share_N * rows.gather(weights_BR).detach()).sum()
-            terms["divergence"] = Term(total, count, self.coefficient, unit=self.average)
-            looked_at_N = rows.gather(weights_BR) != 0
-            metrics |= {
-                "reverse_kl": Term.over(seen["divergence"], looked_at_N),
-                "student_entropy": Term.over(seen["student_entropy"], looked_at_N),
-            }
-            positions |= {"reverse_kl": spread["divergence_BR"], "weights": weights_BR}
-        if "advantage" in batch.extra or self.cross_entropy:
-            logits_NV = self.student.head(hidden_ND)
-            if "advantage" in batch.extra:
-                advantage_N = batch.extra["advantage"][rows.row_N]
-                nll_N = by_rows(lambda some, where: _nll(some, tokens_N[where], self.temperature), logits_NV)
-                terms["reward"] = Term((share_N * advantage_N * nll_N).sum(), count, 1.0, unit=self.average)
-                metrics["reward"] = Term.over(batch.extra["reward"])
-            if self.cross_entropy:
-                nll_N = by_rows(lambda some, where: _nll(some, tokens_N[where]), logits_NV)
-                terms["cross_entropy"] = Term((share_N * nll_N).sum(), count, self.cross_entropy, unit=self.average)
+            terms["divergence"] = Term(self._divergence(states, step), count, self.coefficient, unit=self.average)
+            assert states.weights_BR is not None
+            looked_at_N = rows.gather(states.weights_BR) != 0
+            watched = [name for name in ("reverse_kl", "student_entropy") if name in states.seen]
+            metrics |= {name: Term.over(states.seen[name], looked_at_N) for name in watched}
+            positions |= {name: rows.spread(states.seen[name]) for name in watched[:1]} | {"weights": states.weights_BR}
+        spent: dict[str, Any] = {"temperature": self.temperature, "vocabulary": self.shared}
+        if "advantage" in batch.extra and self.advantage:
+            weights_N = states.share_N * batch.extra["advantage"][rows.row_N]
+            total = weighted_nll(self.student, states.hidden_ND, states.tokens_N, weights_N, **spent)
+            terms["reward"] = Term(total, count, self.advantage, unit=self.average)
+        if "reward" in batch.extra:
+            metrics["reward"] = Term.over(batch.extra["reward"])
+        if self.cross_entropy:
+            total = weighted_nll(self.student, states.hidden_ND, states.tokens_N, states.share_N)
+            terms["cross_entropy"] = Term(total, count, self.cross_entropy, unit=self.average)
+        for extra in self.extras:
+            terms[extra.name] = extra(states)
         return Loss(terms, metrics, positions)
 
-    def _from_hidden(
-        self, hidden_ND: Tensor, batch: TokenBatch, tokens_N: Tensor, weights_N: Tensor | None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The weighted total, values [N], and what weightings and metrics see of the positions, detached.
+    def _states(self, batch: TokenBatch) -> TokenStates:
+        rows, tokens_N = Rows.of(batch.counted_BT), batch.tokens_counted
+        hidden_ND = self.student.counted_hidden(batch)
+        share_N, count = self._average(rows)
+        return TokenStates(
+            self.student, batch, rows, tokens_N, hidden_ND, share_N, count, self.average, self.shared,
+            signal=None if self.teacher is None else self._signal(self.teacher, batch),
+        )  # fmt: skip
 
-        Weights that wait for those (None here) make the values differentiable instead of the total.
+    def _divergence(self, states: TokenStates, step: int) -> Tensor:
+        """The weighted sum over positions. Fills what is seen of them, and their weights.
+
+        Weights that wait for the comparison take a first pass without gradient over all positions; the second one looks
+        only at those that count.
         """
-        teacher = cast(Any, self.teacher)
-        signal = teacher.score(batch, HiddenAndHead if _linear(teacher) else FullLogits)
+        compare = lambda weights_N: self._compare(
+            self.teacher, states.hidden_ND, states.batch, states.tokens_N, weights_N
+        )
+        if set(self.weighting.needs) & {f"{name}_BR" for name in COMPARED}:
+            with torch.no_grad():
+                _, states.seen = compare(None)
+        states.weights_BR = self.weighting(self._positions(states, step))
+        total, seen = compare(states.share_N * states.rows.gather(states.weights_BR))
+        states.seen = states.seen or seen
+        return total
+
+    def _positions(self, states: TokenStates, step: int) -> Positions:
+        """What the weighting reads."""
+        batch, rows = states.batch, states.rows
+        known: dict[str, Any] = {f"{name}_BR": rows.spread(values) for name, values in states.seen.items()}
+        if "segment_BT" in batch.extra:
+            known["segment_BR"] = rows.spread(batch.extra["segment_BT"][batch.counted_BT])
+        if "context_logp_KBT" in batch.extra:
+            known["context_logp_KBR"] = torch.stack(
+                [rows.spread(logp_BT[batch.counted_BT]) for logp_BT in batch.extra["context_logp_KBT"]]
+            )
+        if "noise_BR" in self.weighting.needs:
+            ids_B1 = batch.ids_B[:, None]
+            place_1R = torch.arange(rows.mask_BR.shape[1], device=ids_B1.device)[None]
+            known["noise_BR"] = keyed.uniform(keyed.key(self.seed, "selection", step), ids_B1, place_1R)
+        group = self.rollouts.samples_per_prompt if self.rollouts is not None else 1
+        return Positions(rows.mask_BR, reward_B=batch.extra.get("reward"), group=group, **known)
+
+    @property
+    def _also(self) -> list[str]:
+        """The other divergences to look at: one for the metrics, the rest for weighting and extras."""
+        asked = {name.removesuffix("_BR") for name in self.weighting.needs}.union(*(x.needs for x in self.extras))
+        return ["reverse_kl", *sorted((asked & ALSO.keys()) - {"reverse_kl"})]
+
+    def _signal(self, teacher: Any, batch: TokenBatch) -> Signal:
+        return signal_of(teacher, batch, self.estimator.needs)
+
+    def _compare(
+        self, teacher: Any, hidden_ND: Tensor, batch: TokenBatch, tokens_N: Tensor, weights_N: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of one teacher's comparison, and what is seen of the positions, detached [N] each."""
+        signal = self._signal(teacher, batch)
+        if isinstance(signal, TokenLogp):
+            return self._from_token_logp(signal, hidden_ND, batch, tokens_N, weights_N)
+        if not self.student.has_linear_head:
+            return self._from_logits(teacher, signal, hidden_ND, batch, tokens_N, weights_N)
         head = self.student.with_head(hidden_ND)
         out = linear_divergence(
             self.estimator,
@@ -284,33 +299,43 @@ class TokenDistillation(Objective):
             student_softcap=head.softcap,
             vocabulary=self.shared,
             compiled=self.student.compiled,
-            differentiable_values=weights_N is None,
-            also=ReverseKL(),
+            also=[ALSO[name] for name in self._also],
         )
-        assert out.also is not None and out.student_entropy is not None and out.teacher_entropy is not None
-        assert out.student_logp is not None and out.teacher_logp is not None
         # Logits of hidden states are finite; those that are given need a look, for which an accelerator has to wait.
         if isinstance(signal, FullLogits) and not out.values.isfinite().all() and (signal.logits == -math.inf).any():
-            raise self._impossible()
-        return (
-            out.total,
-            out.values,
-            {
-                "divergence": out.also,
-                "student_entropy": out.student_entropy,
-                "teacher_entropy": out.teacher_entropy,
-                "log_ratio": out.teacher_logp - out.student_logp,
-            },
-        )
+            raise _impossible(teacher)
+        assert out.also is not None
+        seen = dict(zip(self._also, out.also.unbind(-1), strict=True))
+        found = {"student_entropy": out.student_entropy, "teacher_entropy": out.teacher_entropy}
+        if out.teacher_logp is not None and out.student_logp is not None:
+            found["log_ratio"] = out.teacher_logp - out.student_logp
+        return out.total, seen | {name: x for name, x in found.items() if x is not None}
+
+    def _from_token_logp(
+        self, signal: TokenLogp, hidden_ND: Tensor, batch: TokenBatch, tokens_N: Tensor, weights_N: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same where nothing but the sampled tokens' log-probabilities are known of the teacher."""
+        logp_N = token_logp(self.student, hidden_ND, tokens_N, temperature=self.temperature, vocabulary=self.shared)
+        theirs_N = signal.logp_N.to(logp_N)
+        values_N = self.estimator.per_position(theirs_N, logp_N, tokens_N, self._sampled(batch))
+        total = values_N.sum() if weights_N is None else (values_N * weights_N).sum()
+        return total, {"log_ratio": (theirs_N - logp_N).detach()}
 
     def _from_logits(
-        self, hidden_ND: Tensor, batch: TokenBatch, tokens_N: Tensor, weights_N: Tensor | None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        self, teacher: Any, signal: Signal, hidden_ND: Tensor, batch: TokenBatch, tokens_N: Tensor,
+        weights_N: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The same where the student's output layer is no single weight, from whole logits."""
+        if not isinstance(signal, FullLogits | HiddenAndHead):
+            raise SignalError(
+                f"{self.student.name} has an adapted output layer, which needs the teacher's whole logits, and "
+                f"{teacher.name} gives {type(signal).__name__}. Adapt other layers (student.lora.targets)."
+            )
         logits_NV = self.student.head(hidden_ND)
-        teacher_logits = self.teacher.score(batch, FullLogits).logits.to(logits_NV.device)  # type: ignore[union-attr]
+        given = signal.logits() if isinstance(signal, HiddenAndHead) else signal.logits
+        teacher_logits = given.to(logits_NV.device)
         sampled_N = self._sampled(batch)
-        names = ("divergence", "student_entropy", "teacher_entropy", "log_ratio")
+        names = (*self._also, "student_entropy", "teacher_entropy", "log_ratio")
         dtype = torch.promote_types(logits_NV.dtype, torch.float32)
         seen = {name: logits_NV.new_empty(len(logits_NV), dtype=dtype) for name in names}
 
@@ -319,7 +344,8 @@ class TokenDistillation(Objective):
             log_p = log_probs(teacher_logits[where, : self.shared], self.temperature)
             chosen = tokens_N[where]
             with torch.no_grad():
-                seen["divergence"][where] = ReverseKL()(teacher_logp=log_p, student_logp=log_q)
+                for name in self._also:
+                    seen[name][where] = ALSO[name](teacher_logp=log_p, student_logp=log_q)
                 seen["student_entropy"][where] = entropy(log_q)
                 seen["teacher_entropy"][where] = entropy(log_p)
                 seen["log_ratio"][where] = (log_p - log_q).gather(-1, chosen[:, None])[:, 0]
@@ -330,23 +356,21 @@ class TokenDistillation(Objective):
                 sampled_logp_N=None if sampled_N is None else sampled_N[where],
             )
             if not value.isfinite().all() and (log_p == -math.inf).any():
-                raise self._impossible()
+                raise _impossible(teacher)
             return value
 
         values_N = by_rows(values, logits_NV)
-        total = values_N.sum() if weights_N is None else (values_N * weights_N).sum()
-        return total, values_N, seen
-
-    def _impossible(self) -> NonFiniteError:
-        return NonFiniteError(
-            f"{getattr(self.teacher, 'name', 'The teacher')} gives probability 0 to tokens that the student can say, where "
-            "this divergence is infinite. Take one that stays finite (ForwardKL, JensenShannon), or SampledReverseKL with "
-            "baseline 'none' and a clip."
-        )
+        if weights_N is None:
+            return values_N.sum(), seen
+        return torch.where(weights_N != 0, values_N * weights_N, 0.0).sum(), seen
 
     def after_step(self, player: str, step: int) -> None:
         if self.ema is not None:
             self.ema.update(self.student)
+        if self.teacher_state is not None:
+            cast(Any, self.teacher).after_step(self.student, step)
+        if self.moving is not None:
+            cast(Any, self.teacher).after_step(self.student)
 
     def _average(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """What each position counts for in the average [N], and what the sum is divided by."""
@@ -362,13 +386,12 @@ class TokenDistillation(Objective):
         return batch.sampled_logp_BT[batch.counted_BT]
 
 
-def _linear(teacher: Any) -> bool:
-    """Whether a teacher's hidden states and output layer can be had, which spares its logits."""
-    return HiddenAndHead in teacher.gives and getattr(teacher.model, "has_linear_head", False)
-
-
-def _nll(logits_MV: Tensor, tokens_M: Tensor, temperature: float = 1.0) -> Tensor:
-    return -log_probs(logits_MV, temperature).gather(-1, tokens_M[:, None])[:, 0]
+def _impossible(teacher: Any) -> NonFiniteError:
+    return NonFiniteError(
+        f"{getattr(teacher, 'name', 'The teacher')} gives probability 0 to tokens that the student can say, where "
+        "this divergence is infinite. Take one that stays finite (ForwardKL, JensenShannon), or SampledReverseKL with "
+        "baseline 'none' and a clip."
+    )
 
 
 def completed(batch: PromptBatch, pad_id: int) -> TokenBatch:

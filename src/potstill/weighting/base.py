@@ -23,7 +23,14 @@ class Positions:
     student_entropy_BR: Tensor | None = None  # nats
     teacher_entropy_BR: Tensor | None = None  # nats
     log_ratio_BR: Tensor | None = None  # log p - log q of the tokens there
-    divergence_BR: Tensor | None = None  # nats
+    reverse_kl_BR: Tensor | None = None  # KL(q || p), nats
+    forward_kl_BR: Tensor | None = None  # KL(p || q), nats
+    jensen_shannon_BR: Tensor | None = None  # of equal shares, nats
+    segment_BR: Tensor | None = None  # int64: the step or turn that a position belongs to, from 0
+    noise_BR: Tensor | None = None  # uniform numbers in (0, 1), keyed by seed, step, sample and position
+    context_logp_KBR: Tensor | None = None  # log p of the tokens there in K other contexts
+    reward_B: Tensor | None = None  # of each row's completion
+    group: int = 1  # rows of one prompt, side by side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +66,8 @@ class Weighting:
                     f"{type(self).__name__} needs {name}, which this objective does not give. "
                     "Choose an estimator that computes it (rows of both models), or another weighting."
                 )
-            if given.shape != mask.shape:
+            expected = (given.shape[0], *mask.shape) if name.endswith("_KBR") else mask.shape[: 1 + name.endswith("R")]
+            if given.shape != expected:
                 raise RecipeError(
                     f"{type(self).__name__}: {name} has shape {list(given.shape)}, but the mask {list(mask.shape)}."
                 )

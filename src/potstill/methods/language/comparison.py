@@ -11,6 +11,7 @@ from potstill.evaluation.text import (
     compare,
     compare_on_rollouts,
     generation_speed,
+    graded,
     size,
     token_divergences,
 )
@@ -38,9 +39,12 @@ def control(run: Run, before: Any, stage: str = "control") -> Any:
     return model
 
 
-def compared(run: Run, *, before: Any | None = None, control: Any | None = None) -> Result:
-    """Measure, keep for the report, and hand back the student with its numbers."""
-    student, teacher = run.student(), run.model("teacher")
+def compared(run: Run, *, before: Any | None = None, control: Any | None = None, teacher: Any | None = None) -> Result:
+    """Measure, keep for the report, and hand back the student with its numbers.
+
+    teacher: who is compared with where the method has no role of that name (the start itself, in self-distillation).
+    """
+    student, teacher = run.student(), teacher or run.model("teacher")
     students = {"student before": before, "student after": student, "control": control}
     students = {name: model for name, model in students.items() if model is not None}
     values = run.stage("comparison", _measure, run, students, teacher)
@@ -56,6 +60,15 @@ def compared(run: Run, *, before: Any | None = None, control: Any | None = None)
         "same start trained on the same text without a teacher, for the same time." if control is not None else
         "p is the teacher, q the student, on held-out text unless said otherwise; nats per token.",
     )  # fmt: skip
+    if values["answers"]:
+        run.record(
+            "1-answers",
+            "table",
+            "Answers to held-out prompts, greedy",
+            columns=["model", "accuracy", "tokens an answer"],
+            rows=values["answers"],
+            note=f"By the exact scorer of {run.source.name}.",
+        )
     run.record(
         "2-samples",
         "texts",
@@ -78,6 +91,7 @@ def _measure(run: Run, students: Mapping[str, Any], teacher: Any) -> dict[str, A
     tokens = run.plan.data.length - run.plan.data.prompt_length
     shown = _first(prompts[0])
     rows: list[list[Any]] = []
+    answers: list[list[Any]] = []
     metrics: dict[str, float] = {}
     for name, model in students.items():
         on_text = compare(model, teacher, batches)
@@ -89,13 +103,22 @@ def _measure(run: Run, students: Mapping[str, Any], teacher: Any) -> dict[str, A
         named = {
             "perplexity": row[0], "forward_kl": row[1], "reverse_kl": row[2], "agreement": row[3], "rollout_reverse_kl": row[4],
         }  # fmt: skip
+        if run.source.grade is not None:
+            marks = graded(model, prompts, run.source.grade, max_new_tokens=tokens, seed=run.seed)
+            named |= marks
+            answers.append([name, marks["accuracy"], marks["answer_tokens"]])
         metrics |= {prefix + key: value for key, value in named.items()}
         metrics["teacher_perplexity"] = on_text["teacher_perplexity"]
+    if run.source.grade is not None:
+        marks = graded(teacher, prompts, run.source.grade, max_new_tokens=tokens, seed=run.seed)
+        metrics["teacher_accuracy"] = marks["accuracy"]
+        answers.insert(0, ["teacher", marks["accuracy"], marks["answer_tokens"]])
     cost = _cost(teacher, shown, tokens)
     rows.insert(0, ["teacher", metrics["teacher_perplexity"], 0.0, 0.0, 1.0, 0.0, *cost])
     metrics |= size(students["student after"])
     return {
         "rows": rows,
+        "answers": answers,
         "metrics": metrics,
         "samples": _samples(run, {"teacher": teacher, **students}, shown, tokens),
         "sentences": _sentences(run, students["student after"], teacher, batches),
