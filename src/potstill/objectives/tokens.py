@@ -7,7 +7,7 @@ weighting and teacher, and perhaps a further term on the same states.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -109,7 +109,6 @@ class TokenDistillation(Objective):
         self.coefficient = distillation * (temperature**2 if temperature_squared else 1.0)
         self.ema = EMA(student, ema) if ema is not None else None
         self.teacher_state = getattr(teacher, "state", None)  # of a teacher that moves: saved with the student
-        self.moving = getattr(teacher, "ema", None)  # a teacher that follows the student is saved with it
         self.shared: int | None = None
         if teacher is not None:
             self._check_teacher(teacher)
@@ -369,8 +368,6 @@ class TokenDistillation(Objective):
             self.ema.update(self.student)
         if self.teacher_state is not None:
             cast(Any, self.teacher).after_step(self.student, step)
-        if self.moving is not None:
-            cast(Any, self.teacher).after_step(self.student)
 
     def _average(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """What each position counts for in the average [N], and what the sum is divided by."""
