@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
+from scipy.stats import kendalltau
 from torch.nn.functional import binary_cross_entropy, cross_entropy
 from torch.testing import assert_close
 
@@ -25,6 +26,7 @@ from potstill.divergences.rankings import (
     Preference,
     TeacherSoftmax,
     bradley_terry,
+    kendall_tau,
     lambda_rank,
     list_mle,
     listwise_kl,
@@ -340,6 +342,19 @@ def test_listwise_kl_is_the_forward_kl_from_teacher_to_student():
     student, teacher = draw(3, 4), draw(3, 4, seed=1)
     expected = ForwardKL()(teacher_logp=log_probs(teacher, 2.0), student_logp=log_probs(student, 2.0))
     assert_close(listwise_kl(student, teacher, 2.0), expected)
+
+
+def test_kendall_tau_by_scipy_with_entries_absent_and_ties_counting_nothing():
+    a, b = draw(4, 6), draw(4, 6, seed=1)
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    found = kendall_tau(a.requires_grad_(), b, mask)
+    expected = [kendalltau(x[m], y[m]).statistic for x, y, m in zip(a.detach(), b, mask)]
+    assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    assert not found.requires_grad
+    assert_close(kendall_tau(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([3.0, 2.0, 1.0])), torch.tensor(2 / 3))
+    assert_close(kendall_tau(b, -b), torch.full((4,), -1.0, dtype=torch.float64))
+    assert kendall_tau(draw(2, 1), draw(2, 1)).tolist() == [0, 0]
 
 
 def test_bradley_terry_is_ranknet_with_a_certain_teacher_and_plackett_luce_of_two():

@@ -197,6 +197,16 @@ def lambda_rank(student: Tensor, grades: Tensor, cutoff: int = 5, mask: Tensor |
     return _mean_over_pairs(values, mask)
 
 
+def kendall_tau(scores: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Pairs that both scores order alike, less those they order oppositely, over all pairs, [*B, N] -> [*B], in -1 to 1.
+
+    A metric: it has no gradient. A tie in either counts 0 (tau-a); lists of one entry have no pair and give 0.
+    """
+    _same("kendall_tau", scores, other, mask)
+    signs = _gaps(promoted(scores.detach()), mask).sign() * _gaps(promoted(other.detach()), mask).sign()
+    return _mean_over_pairs(signs, mask)
+
+
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: float | Tensor = 0.0) -> Tensor:
     """-log sigma(chosen - rejected - margin), [*P] and [*P] -> [*P], nats: a pairwise preference."""
     if chosen.shape != rejected.shape:
