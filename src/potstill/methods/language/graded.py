@@ -1,0 +1,67 @@
+"""What methods with a grader share: a student that has learned something before, and how often a model is right."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from potstill.contracts import keyed
+from potstill.contracts.errors import RecipeError
+from potstill.objectives.tokens import RolloutSpec, TokenDistillation
+from potstill.rollouts.local import completions_of, sample
+from potstill.run import Run
+from potstill.tasks.tokens import token_rows
+
+Grade = Callable[[Mapping[str, Any], str], float]
+
+
+def warm_start(run: Run, student: Any, steps: int, lr: float | None = None, field: str | None = None) -> None:
+    """Steps of next-token prediction on the data, or on another `field` of its rows in the completions' place."""
+    if not steps:
+        return
+    lr = lr or run.train.lr
+    objective = TokenDistillation(
+        student, None, cross_entropy=1.0, optimizer=run.train.optimizer_spec(lr=lr), seed=run.seed
+    )
+    run.fit(objective, run.tokens() if field is None else _rows_of(run, field), stage="warm start", steps=steps, lr=lr)
+
+
+def _rows_of(run: Run, field: str) -> Any:
+    rows = run.source.train
+    first = rows[0]
+    if not isinstance(first, Mapping) or field not in first:
+        has = ", ".join(sorted(first)) if isinstance(first, Mapping) else "text alone"
+        raise RecipeError(f"method.warm_start_on: rows of {run.source.name} have no {field}, they have {has}.")
+    rows = [{"prompt": row["prompt"], "completion": row[field]} for row in rows]
+    return token_rows("prompts", rows, run.context["tokenizer"], run.plan.data.length)
+
+
+@torch.no_grad()
+def grades(
+    model: Any, prompts: Any, grade: Grade, rollouts: RolloutSpec, *, samples: int, seed: int, limit: int | None = None,
+    batch: int = 256,
+) -> Tensor:  # fmt: skip
+    """Grades of `samples` completions of each prompt (or of the first `limit`), [P, samples]."""
+    found: list[float] = []
+    for rows in torch.arange(min(len(prompts), limit or len(prompts))).split(max(1, batch // samples)):
+        out = sample(
+            model,
+            prompts.batch(rows),
+            max_new_tokens=rollouts.max_new_tokens,
+            temperature=rollouts.temperature,
+            top_p=rollouts.top_p,
+            top_k=rollouts.top_k,
+            samples_per_prompt=samples,
+            seed=keyed.key(seed, "grades"),
+        )
+        texts = model.tokenizer.batch_decode(completions_of(out), skip_special_tokens=True)
+        found += [float(grade(row, text)) for row, text in zip(out.extra["rows"], texts, strict=True)]
+    return torch.tensor(found).view(-1, samples)
+
+
+def accuracy(run: Run, model: Any, rollouts: RolloutSpec, samples: int = 1) -> float:
+    """The mean grade of the model's samples on held-out prompts."""
+    assert run.source.grade is not None
+    how: dict[str, Any] = {"samples": samples, "seed": run.seed, "limit": run.plan.eval.limit}
+    return float(grades(model, run.prompts("test"), run.source.grade, rollouts, **how).mean())
