@@ -1,5 +1,5 @@
-"""Teachers whose weights are in this process: a trained model, the student's frozen start, its moving average, and any
-of them seeing a privileged context."""
+"""Teachers whose weights are in this process: a trained model, the student's frozen start, and any teacher seeing a
+privileged context."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,6 @@ from potstill.contracts.batch import Batch, ImageBatch, TokenBatch
 from potstill.contracts.errors import DataError, ModelError, SignalError
 from potstill.contracts.signals import FullLogits, HiddenAndHead, Signal, TokenLogp
 from potstill.models.build import freeze
-from potstill.models.ema import EMA
 
 SIGNALS: dict[str, frozenset[type[Signal]]] = {
     "causal_lm": frozenset({FullLogits, HiddenAndHead, TokenLogp}),
@@ -58,17 +57,6 @@ class FrozenStart(LocalTeacher):
         super().__init__(copy.deepcopy(student), name="frozen start of the student")
 
 
-class EMATeacher(LocalTeacher):
-    """The student's moving average. Give `.ema` to the objective as a submodule and call `after_step` after each update."""
-
-    def __init__(self, student: Any, decay: float = 0.999) -> None:
-        self.ema = EMA(student, decay)
-        self.model, self.name, self.gives = self.ema.average, "moving average of the student", SIGNALS[student.kind]
-
-    def after_step(self, student: nn.Module) -> None:
-        self.ema.update(student)
-
-
 class PrivilegedTeacher(LocalTeacher):
     """Another teacher that sees more: it scores the same counted tokens after a context of its own.
 
@@ -78,7 +66,24 @@ class PrivilegedTeacher(LocalTeacher):
 
     def __init__(self, teacher: LocalTeacher, context: Callable[[TokenBatch], TokenBatch] | None = None) -> None:
         self.teacher, self.context = teacher, context
-        self.model, self.name, self.gives = teacher.model, f"{teacher.name} with privileged context", teacher.gives
+        self.name, self.gives = f"{teacher.name} with privileged context", teacher.gives
+
+    @property
+    def model(self) -> Any:  # type: ignore[override]
+        return self.teacher.model
+
+    @property
+    def state(self) -> nn.Module | None:
+        """What the teacher must keep where it moves (`teachers.moving`)."""
+        return getattr(self.teacher, "state", None)
+
+    def after_step(self, student: nn.Module, step: int = 0) -> None:
+        if self.state is not None:
+            self.teacher.after_step(student, step)  # type: ignore[attr-defined]
+
+    def to(self, device: torch.device | str) -> "PrivilegedTeacher":
+        self.teacher.to(device)
+        return self
 
     def score(self, batch: Batch, need: type[Signal]) -> Signal:
         assert isinstance(batch, TokenBatch)
