@@ -15,18 +15,26 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def arithmetic(
-    size: int = 4000, test_size: int = 200, terms: int = 3, largest: int = 20, terse: float = 0.5, seed: int = 0
+    size: int = 4000,
+    test_size: int = 200,
+    terms: int = 3,
+    largest: int = 20,
+    terse: float = 0.5,
+    wrong: float = 0.0,
+    seed: int = 0,
 ) -> Source:
     """Prompts such as "12+7+5=", completed step by step: "12+7=19. 19+5=24. The answer is 24."
 
     A share `terse` of the completions leaves the steps out, so that a model of them writes now this way, now that.
-    Rows have prompt, completion, answer, and `shortcut`, the answer without its steps: another way to solve the same.
+    A share `wrong` of the training completions miscounts one step, and goes on from it.
+    Rows have prompt, completion, answer, `solution`, all steps and right, and `shortcut`, the answer without its steps:
+    other ways to solve the same.
     `test_size` rows are of problems that no training row holds.
     """
-    if size < 1 or test_size < 1 or terms < 2 or largest < 2 or not 0 <= terse <= 1:
+    if size < 1 or test_size < 1 or terms < 2 or largest < 2 or not 0 <= terse <= 1 or not 0 <= wrong <= 1:
         raise DataError(
-            "data of arithmetic needs size and test_size of at least 1, terms and largest of at least 2, terse in [0, 1], got "
-            f"{size}, {test_size}, {terms}, {largest}, {terse}."
+            "data of arithmetic needs size and test_size of at least 1, terms and largest of at least 2, terse and wrong in "
+            f"[0, 1], got {size}, {test_size}, {terms}, {largest}, {terse}, {wrong}."
         )
     import torch
 
@@ -39,25 +47,39 @@ def arithmetic(
             f"arithmetic has only {len(problems)} different problems here. Ask for fewer rows, or larger numbers."
         )
     chance = keyed.uniform(keyed.key("terse", seed), torch.arange(size + test_size)).tolist()
-    rows = [_row(numbers, u < terse) for numbers, u in zip(problems[: size + test_size], chance, strict=True)]
+    miscounts = keyed.uniform(keyed.key("wrong", seed), torch.arange(size + test_size)[:, None], torch.arange(3)[None])
+    rows = []
+    for i, numbers in enumerate(problems[: size + test_size]):
+        u, place, by = miscounts[i].tolist()
+        off = (1 + int(place * (terms - 1)), 1 + int(9 * by)) if i >= test_size and u < wrong else None
+        rows.append(_row(numbers, chance[i] < terse, off))
     settings = {"causal_lm": {"steps": 2500, "batch": 64, "lr": 2e-3, "schedule": "cosine", "warmup": 30, "clip": 1.0}}
     return Source(
         "arithmetic", "prompts", rows[test_size:], rows[:test_size], models=MODELS, teacher=settings, grade=grade
     )
 
 
-def _row(numbers: tuple[int, ...], terse: bool) -> dict[str, str]:
-    steps, total = [], numbers[0]
-    for n in numbers[1:]:
-        steps.append(f"{total}+{n}={total + n}.")
-        total += n
-    last = f"The answer is {total}."
+def _row(numbers: tuple[int, ...], terse: bool, off: tuple[int, int] | None = None) -> dict[str, str]:
+    """off: (which number is added wrongly, by how much too many)."""
+    right, total = _steps(numbers, None)
+    written, said = _steps(numbers, off)
+    last = "The answer is {}."
     return {
         "prompt": "+".join(map(str, numbers)) + "=",
-        "completion": last if terse else " ".join([*steps, last]),
+        "completion": last.format(said) if terse else " ".join([*written, last.format(said)]),
         "answer": str(total),
-        "shortcut": last,
+        "solution": " ".join([*right, last.format(total)]),
+        "shortcut": last.format(total),
     }
+
+
+def _steps(numbers: tuple[int, ...], off: tuple[int, int] | None) -> tuple[list[str], int]:
+    steps, total = [], numbers[0]
+    for i, n in enumerate(numbers[1:], start=1):
+        after = total + n + (off[1] if off and off[0] == i else 0)
+        steps.append(f"{total}+{n}={after}.")
+        total = after
+    return steps, total
 
 
 def grade(row: Mapping[str, Any], text: str) -> float:

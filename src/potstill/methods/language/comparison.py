@@ -1,12 +1,13 @@
 """What the language methods report alike: teacher, student before and after, and a control, on text and on rollouts."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from potstill.contracts.batch import PromptBatch, TokenBatch
+from potstill.evaluation.states import own_states
 from potstill.evaluation.text import (
     compare,
     compare_on_rollouts,
@@ -20,6 +21,7 @@ from potstill.rollouts.local import completions_of, sample
 from potstill.run import Result, Run
 
 TEXTS = 4  # sentences and prompts that the report shows
+TOP = 16  # likeliest tokens whose overlap is measured
 
 
 def start_of(student: Any) -> Any:
@@ -39,15 +41,26 @@ def control(run: Run, before: Any, stage: str = "control") -> Any:
     return model
 
 
-def compared(run: Run, *, before: Any | None = None, control: Any | None = None, teacher: Any | None = None) -> Result:
+def compared(
+    run: Run,
+    *,
+    before: Any | None = None,
+    control: Any | None = None,
+    teacher: Any | None = None,
+    lengths: Sequence[int] = (),
+) -> Result:
     """Measure, keep for the report, and hand back the student with its numbers.
 
     teacher: who is compared with where the method has no role of that name (the start itself, in self-distillation).
+    lengths: of the student's samples whose likelihood under the teacher is measured.
     """
-    student, teacher = run.student(), teacher or run.model("teacher")
+    student = run.student()
     students = {"student before": before, "student after": student, "control": control}
     students = {name: model for name, model in students.items() if model is not None}
-    values = run.stage("comparison", _measure, run, students, teacher)
+    if teacher is None and not run.loads("teacher"):
+        return _alone(run, students)
+    teacher = teacher or run.model("teacher")
+    values = run.stage("comparison", _measure, run, students, teacher, tuple(lengths))
     columns = ["model", "perplexity", "KL(p || q)", "KL(q || p)", "top-token agreement", "KL(q || p) on own rollouts"]
     columns += ["tokens/s", "parameters", "MB"]
     run.record(
@@ -83,10 +96,38 @@ def compared(run: Run, *, before: Any | None = None, control: Any | None = None,
         sentences=values["sentences"],
         unit="nats",
     )
+    states = values["states"]
+    run.record(
+        "4-states",
+        "curves",
+        "Along the student's own samples: KL(q || p) at the n-th token",
+        series=[{"label": "student after", "x": list(range(1, 1 + len(states["by_place"]))), "y": states["by_place"]}],
+        x_label="token",
+        y_label="nats",
+        note=f"Of the {TOP} likeliest tokens, teacher and student share {states['top_overlap']:.0%}; entropies: teacher "
+        f"{states['teacher_entropy']:.2f}, student {states['student_entropy']:.2f} nats; different words "
+        f"{states['distinct_1']:.1%}, different pairs {states['distinct_2']:.1%}.",
+    )
     return Result(student=student, metrics=values["metrics"])
 
 
-def _measure(run: Run, students: Mapping[str, Any], teacher: Any) -> dict[str, Any]:
+def _alone(run: Run, students: Mapping[str, Any]) -> Result:
+    """What is known of students whose teacher is not here: it was served, or its answers were cached."""
+    values = run.stage("comparison", lambda: {name: run.evaluate(model)["perplexity"] for name, model in students.items()})
+    run.record(
+        "1-comparison",
+        "table",
+        "The student before and after",
+        columns=["model", "perplexity"],
+        rows=[[name, value] for name, value in values.items()],
+        note="On held-out text. The teacher's weights are not here, so that nothing is compared with it.",
+    )
+    named = {"perplexity" if name == "student after" else f"{name.replace('student ', '')}_perplexity": value
+             for name, value in values.items()}  # fmt: skip
+    return Result(students["student after"], named | size(students["student after"]))
+
+
+def _measure(run: Run, students: Mapping[str, Any], teacher: Any, lengths: Sequence[int]) -> dict[str, Any]:
     batches, prompts = _held_out(run)
     tokens = run.plan.data.length - run.plan.data.prompt_length
     shown = _first(prompts[0])
@@ -116,9 +157,15 @@ def _measure(run: Run, students: Mapping[str, Any], teacher: Any) -> dict[str, A
     cost = _cost(teacher, shown, tokens)
     rows.insert(0, ["teacher", metrics["teacher_perplexity"], 0.0, 0.0, 1.0, 0.0, *cost])
     metrics |= size(students["student after"])
+    longest = max([tokens, *lengths])
+    states = own_states(
+        students["student after"], teacher, prompts, max_new_tokens=longest, k=TOP, lengths=lengths, seed=run.seed
+    )
+    metrics |= {name: value for name, value in states.items() if name != "by_place"}
     return {
         "rows": rows,
         "answers": answers,
+        "states": states,
         "metrics": metrics,
         "samples": _samples(run, {"teacher": teacher, **students}, shown, tokens),
         "sentences": _sentences(run, students["student after"], teacher, batches),
