@@ -80,7 +80,7 @@ class DebatePrompts(Spec):
 
 def reported_confidence(text: str, word: str = "confidence") -> float:
     """The last whole number from 0 to 100 behind the word, over 100; NaN where there is none."""
-    found = re.findall(re.escape(word) + r"\W{0,3}(\d+)", text, re.I)
+    found = re.findall(re.escape(word) + r"\W{0,5}(\d+)", text, re.I)
     return int(found[-1]) / 100 if found and int(found[-1]) <= 100 else math.nan
 
 
