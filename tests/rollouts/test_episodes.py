@@ -209,7 +209,7 @@ def test_replayed_actions_are_read_but_do_not_count(template):
     assert batch.counted_BT[0][here][len(read)]
     turns = [sorted({*row.tolist()} - {-1}) for row in batch.extra["segment_BT"]]
     assert turns == [[2, 3], [0, 1, 2, 3], [1, 2, 3], [3]]
-    assert [[turn["replayed"] for turn in turns] for turns in batch.extra["turns"]][0] == [True, True, False, False]
+    assert [turn["replayed"] for turn in batch.extra["turns"][0]] == [True, True, False, False]
     assert batch.extra["ending"] == ["done"] * 4
     assert batch.extra["first_error"][0] != 1, "an error of the other policy is not the model's"
     plain = play(model, prompts_of(model, TEXTS, [4, 4, 4, 4]))

@@ -63,7 +63,7 @@ class Calculator(Env):
         self.malformed = malformed
 
     def reset(self, row: Mapping[str, Any]) -> str:
-        self.row, self.said = row, []
+        self.row, self.said = row, list[str]()
         return str(row["prompt"])
 
     def step(self, action: str) -> Turn:
@@ -124,7 +124,7 @@ class Jugs(Env):
     end = ";"
 
     def reset(self, row: Mapping[str, Any]) -> str:
-        self.row, self.moves = row, []
+        self.row, self.moves = row, list[str]()
         puzzle = row["entry"]["metadata"]["puzzle"]
         self.capacity, self.target = puzzle["jug_capacities"], puzzle["target"]
         self.holds = [0] * len(self.capacity)
@@ -232,7 +232,7 @@ class Functions(Env):
     """
 
     def reset(self, row: Mapping[str, Any]) -> str:
-        self.row, self.calls = row, []
+        self.row, self.calls = row, list[tuple[str, dict[str, Any]]]()
         self.known = {function["name"]: function["parameters"] for function in row["functions"]}
         return str(row["prompt"])
 
@@ -459,11 +459,9 @@ def played(
         found.append((out, kl_BK.cpu(), there_BK.cpu()))
     total = sum(len(out) for out, _, _ in found)
     deepest = max(kl_BK.shape[1] for _, kl_BK, _ in found)
-    pad = lambda x: torch.nn.functional.pad(x, (0, deepest - x.shape[1]))
-    sums, reached = (
-        sum(pad(kl.double().sum(0)[None]) for _, kl, _ in found)[0],
-        sum(pad(t.sum(0)[None]) for _, _, t in found)[0],
-    )
+    pad = lambda x_BK: torch.nn.functional.pad(x_BK.double(), (0, deepest - x_BK.shape[1]))
+    sums_K = torch.cat([pad(kl_BK) for _, kl_BK, _ in found]).sum(0)
+    reached_K = torch.cat([pad(there_BK) for _, _, there_BK in found]).sum(0)
     mean = lambda values: float(sum(values)) / total
     extras = [out.extra for out, _, _ in found]
     return {
@@ -471,9 +469,9 @@ def played(
         "finished": mean(sum(x["finished"]) for x in extras),
         "turns": mean(sum(map(len, x["turns"])) for x in extras),
         "errors": mean((x["first_error"] >= 0).sum() for x in extras),
-        "trajectory_kl": mean([sums.sum()]),
-        "turn_kl": (sums / reached).tolist(),
-        "reached": reached.tolist(),
+        "trajectory_kl": mean([sums_K.sum()]),
+        "turn_kl": (sums_K / reached_K).tolist(),
+        "reached": reached_K.long().tolist(),
         "texts": [
             {"prompt": str(row["prompt"]), "turns": turns, "ending": ending}
             for x in extras[:1]
