@@ -56,7 +56,9 @@ def taught(objective, batch) -> tuple[float, torch.Tensor]:
 
 
 @pytest.mark.parametrize("average", ["token", "sequence"])
-@pytest.mark.parametrize("estimator", [JensenShannon(0.5), ReverseKL(), Exact(ForwardKL(), TopK(3, tail="renormalize"))])
+@pytest.mark.parametrize(
+    "estimator", [JensenShannon(0.5), ReverseKL(), Exact(ForwardKL(), TopK(3, tail="renormalize"))]
+)
 def test_it_is_the_weighted_sum_over_teachers(estimator, average):
     """Row by row: the weights stand at each row's own positions, and the mean is that of the objective."""
     batch = rows()
@@ -124,7 +126,9 @@ def test_weights_are_taken_as_they_are_and_a_teacher_without_weight_is_not_asked
         def score(self, batch, need):
             raise AssertionError("asked")
 
-    assert_close(taught(made([TEACHERS[0], Silent(model(3))], weights=[1, 0]), rows()), taught(plain(TEACHERS[0]), rows()))
+    assert_close(
+        taught(made([TEACHERS[0], Silent(model(3))], weights=[1, 0]), rows()), taught(plain(TEACHERS[0]), rows())
+    )
 
 
 def test_what_is_seen_is_the_weighted_mean_of_the_teachers():
@@ -141,12 +145,20 @@ def test_padding_and_masked_rows_change_nothing():
     batch.extra["weights"] = [[0.9, 0.1], [0.2, 0.8]]
     pad = lambda x, fill: torch.cat([x, torch.full((2, 3), fill, dtype=x.dtype)], 1)
     longer = TokenBatch(
-        batch.ids_B, pad(batch.tokens_BT, 1), pad(batch.attention_BT, False), pad(batch.counted_BT, False), extra=batch.extra
+        batch.ids_B,
+        pad(batch.tokens_BT, 1),
+        pad(batch.attention_BT, False),
+        pad(batch.counted_BT, False),
+        extra=batch.extra,
     )
     panel = made(weights="weights", average="sequence")
     assert_close(taught(panel, batch), taught(panel, longer))
     first = TokenBatch(
-        batch.ids_B[:1], batch.tokens_BT[:1], batch.attention_BT[:1], batch.counted_BT[:1], extra={"weights": [[0.9, 0.1]]}
+        batch.ids_B[:1],
+        batch.tokens_BT[:1],
+        batch.attention_BT[:1],
+        batch.counted_BT[:1],
+        extra={"weights": [[0.9, 0.1]]},
     )
     masked = TokenBatch(batch.ids_B, batch.tokens_BT, batch.attention_BT, batch.counted_BT.clone(), extra=batch.extra)
     masked.counted_BT[1] = False
@@ -162,7 +174,12 @@ def test_no_teacher_learns_or_is_saved_but_those_that_move():
     context = lambda batch: batch
     panel = PanelDistillation(
         student,
-        [PrivilegedTeacher(average, context), TEACHERS[0], PrivilegedTeacher(average, context), EMATeacher(student, 0.9)],
+        [
+            PrivilegedTeacher(average, context),
+            TEACHERS[0],
+            PrivilegedTeacher(average, context),
+            EMATeacher(student, 0.9),
+        ],
         ReverseKL(),
         optimizer=OptimizerSpec(),
         seed=0,
@@ -170,7 +187,9 @@ def test_no_teacher_learns_or_is_saved_but_those_that_move():
     taught(panel, rows())
     assert all(p.grad is None for t in panel.teachers for p in t.model.parameters())
     panel.after_step("student", 0)
-    assert int(average.ema.updates) == 1 == int(panel.teachers[3].ema.updates), "each once, however often it is a member"
+    assert int(average.ema.updates) == 1 == int(panel.teachers[3].ema.updates), (
+        "each once, however often it is a member"
+    )
     state = {name.split(".")[0] for name in panel.state_dict()}
     assert state == {"student", "teacher_state", "moving"}
     assert {id(p) for p in panel.players["student"].parameters()} == {id(p) for p in student.parameters()}

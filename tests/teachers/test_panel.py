@@ -55,9 +55,7 @@ def test_fixed_weights_combine_by_hand_whatever_their_scale(combine):
         found = logits(Panel(TEACHERS, weights, combine))
         assert_close(found, expected)
         assert_close(found.exp().sum(-1), torch.ones(8, dtype=torch.float64))
-    assert_close(
-        logits(Panel(TEACHERS, None, combine)), mixed(combine, torch.full((8, 2), 0.5, dtype=torch.float64))
-    )
+    assert_close(logits(Panel(TEACHERS, None, combine)), mixed(combine, torch.full((8, 2), 0.5, dtype=torch.float64)))
     assert_close(logits(Panel(TEACHERS, [0, 1], combine)), logits(TEACHERS[1]).log_softmax(-1))
     assert_close(logits(Panel(TEACHERS[:1], None, combine)), logits(TEACHERS[0]).log_softmax(-1))
 
