@@ -154,7 +154,7 @@ def test_dropout_takes_all_or_a_run_of_words():
     assert half(long, "y") == half(long, "y")
     cut = ContextDropout(of=inner, rate=1.0, drop="span", share=0.5)
     seen = {cut(long, str(i)).removesuffix(" | one two three four") for i in range(100)}
-    words = "one two three four=five six seven".split(" ")
+    words = ["one", "two", "three", "four=five", "six", "seven"]
     assert seen == {" ".join(words[:i] + words[i + 3 :]) for i in range(4)}
     for options in ({"rate": 1.1}, {"share": 0.0}, {"drop": "some"}):
         with pytest.raises(RecipeError, match="ContextDropout takes a rate"):
