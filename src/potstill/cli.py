@@ -133,6 +133,33 @@ def _go_on(finished: Path, more: dict, raw: dict) -> None:
 
 
 @app.command()
+def cache(
+    recipe: Annotated[str, typer.Argument(help="a recipe, as for run: its teacher and its training rows are taken")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="folder of the cache; default caches/NAME")] = None,
+    k: Annotated[int, typer.Option(help="likeliest outcomes kept a token")] = 64,
+    bits: Annotated[int, typer.Option(help="bits of a kept log-probability, 2 to 16")] = 8,
+    temperature: Annotated[float | None, typer.Option(help="of the answers; default the method's")] = None,
+    batch: Annotated[int, typer.Option(help="rows that the teacher reads at once")] = 8,
+    role: Annotated[str, typer.Option(help="which of the recipe's models")] = "teacher",
+) -> None:
+    """Keep a teacher's answers to a recipe's rows; then teacher.cache=FOLDER trains without the teacher's weights."""
+    from potstill import recipe as recipes
+    from potstill.run import Run
+    from potstill.teachers.cached import described, write_cache
+    from potstill.teachers.local import LocalTeacher
+
+    plan = recipes.resolve(recipes.read(recipe, overrides or []), recipe)
+    folder = output or Path("caches") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else plan.method.name)
+    current = Run(plan, folder)
+    write_cache(
+        folder, LocalTeacher(current.model(role)), current.tokens(), k=k, bits=bits, batch=batch, source=current.source.name,
+        temperature=temperature or getattr(plan.config, "temperature", 1.0), recipe=current.spec(role).identity(),
+    )  # fmt: skip
+    print(described(folder))
+
+
+@app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="a finished run")],
     overrides: Overrides = None,

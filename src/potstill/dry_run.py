@@ -31,6 +31,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         specs = run.spec(role)
         for i, spec in enumerate(specs if isinstance(specs, list) else [specs]):
             name = f"{role}.{i}" if isinstance(specs, list) else role
+            if not spec.loaded:
+                table.add_row(name, of.kind, f"cache {spec.cache}" if spec.cache else f"server {spec.name}", "", "")
+                continue
             model = on_meta(run, of.kind, spec, models, adapt=not of.ready)
             models[name] = model
             sizes[name] = sum(p.numel() for p in model.parameters())

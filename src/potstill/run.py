@@ -23,6 +23,7 @@ from potstill.contracts import keyed
 from potstill.contracts.errors import DataError, RecipeError, RunError
 from potstill.contracts.players import Objective
 from potstill.contracts.spec import MethodConfig, Spec
+from potstill.divergences import Full
 from potstill.evaluation import evaluate
 from potstill.methods import Method, Role
 from potstill.models.build import adapter, build, finish, is_packaged, location
@@ -32,6 +33,7 @@ from potstill.tasks.base import Source
 from potstill.tasks.sources import load
 from potstill.tasks.tokens import Prompts, token_rows
 from potstill.teachers import LocalTeacher
+from potstill.teachers.cached import CachedTeacher, cached_tokenizer
 from potstill.training.checkpoint import checkpoints
 from potstill.training.files import load_tensors, read_json, save_tensors, whole_folder, write_json, write_text
 from potstill.training.launch import accelerator
@@ -102,9 +104,11 @@ class Run:
         """What packaged networks must know of the data: classes, sizes, the tokenizer."""
         context = dict(self.source.context)
         if self.source.kind in ("text", "prompts", "chat") and "tokenizer" not in context:
-            named = [s for s in self._specs() if s.name is not None]
-            foreign = next((s for s in named if not self._packaged(s)), None)
-            if foreign is not None:
+            named = [s for s in self._specs() if s.cache or s.name is not None]
+            foreign = next((s for s in named if s.cache or not self._packaged(s)), None)
+            if foreign is not None and foreign.cache:
+                context["tokenizer"] = cached_tokenizer(foreign.cache)
+            elif foreign is not None:
                 from transformers import AutoTokenizer
 
                 context["tokenizer"] = AutoTokenizer.from_pretrained(
@@ -132,8 +136,14 @@ class Run:
     def student(self) -> Any:
         return self.model("student")
 
-    def teacher(self, role: str = "teacher") -> LocalTeacher:
-        """A role's model as a frozen teacher."""
+    def teacher(self, role: str = "teacher") -> Any:
+        """A role's model as a teacher: frozen here, or its answers to this run's rows from a cache."""
+        spec = self.spec(role)
+        if isinstance(spec, ModelSpec) and spec.cache is not None:
+            support = getattr(self.config, "support", Full())
+            tokenizer = self.context["tokenizer"]
+            cached = CachedTeacher(spec.cache, tokenizer=tokenizer, asked=spec.identity(), support=support)
+            return cached.check(self.tokens())
         return LocalTeacher(self.model(role))
 
     def model(self, role: str) -> Any:
@@ -176,6 +186,11 @@ class Run:
     def has(self, role: str) -> bool:
         return role in self.plan.models or role in self.source.models
 
+    def loads(self, role: str) -> bool:
+        """Whether a role's weights are loaded here: not those of a teacher whose answers come from elsewhere."""
+        specs = self.spec(role)
+        return all(s.loaded for s in (specs if isinstance(specs, list) else [specs]))
+
     def _role(self, role: str) -> Role:
         roles = self.plan.method.roles
         if role not in roles:
@@ -194,6 +209,11 @@ class Run:
         return any(is_packaged(role.kind, spec) for role in self.plan.method.roles.values())
 
     def _build(self, role: str, spec: ModelSpec, of: Role) -> Any:
+        if spec.cache is not None:
+            raise RecipeError(
+                f"{role}.cache gives a teacher's answers to the training rows, and {self.plan.method.name} needs the weights "
+                f"of its {role} here. Give {role}: NAME without cache."
+            )
         if spec.from_ is not None:
             if spec.from_ not in self.plan.method.roles:
                 raise RecipeError(f"{role}.from names {spec.from_}, which is no role of {self.plan.method.name}.")
@@ -319,7 +339,8 @@ def trained(
         )
     settings = {**own, "trackers": [], "device": device}
     identity = {
-        "kind": kind, "spec": spec.model_dump(mode="json"), "data": data.model_dump(mode="json"), "source": source.name,
+        "kind": kind, "spec": spec.model_dump(mode="json", exclude={"cache"}),
+        "data": data.model_dump(mode="json"), "source": source.name,
         "settings": {k: v for k, v in settings.items() if k != "device"}, "format": 1,
     }  # fmt: skip
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()

@@ -20,12 +20,14 @@ class ModelSpec(Spec):
     """One role's model. A plain string in the recipe is `name`.
 
     `name` is a packaged network (`potstill show models`) or else a Hugging Face folder or id; `from` takes another
-    role's weights, whole or `layers` of it (a number spreads them evenly, a list names them).
+    role's weights, whole or `layers` of it (a number spreads them evenly, a list names them). `cache` is a folder of a
+    teacher's answers (`potstill cache`), which stand for its weights; a name beside it says whose they must be.
     """
 
     name: str | None = None
     from_: str | None = Field(None, alias="from")
     layers: int | list[int] | None = None
+    cache: str | None = None
     pretrained: bool = True  # false: the architecture of a folder or id with fresh weights
     lora: LoraSpec | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -40,8 +42,19 @@ class ModelSpec(Spec):
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSpec":
-        if (self.name is None) == (self.from_ is None):
+        if self.cache is not None and self.from_ is not None:
+            raise ValueError("takes cache or from, not both: a cache has no weights")
+        if self.cache is None and (self.name is None) == (self.from_ is None):
             raise ValueError(
                 "needs exactly one of name (a packaged network, a folder or an id) and from (another role)"
             )
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """What the recipe says of the model itself, wherever its answers come from."""
+        return self.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude={"cache"})
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are loaded here."""
+        return self.cache is None
