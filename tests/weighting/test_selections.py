@@ -67,6 +67,11 @@ def test_ranges_are_over_the_batch_or_each_response():
     for make in (SoftOR, Overconfident):
         assert make(0.5, clip=1.0, ranges="response").entropy_range(both)[0, 1] == 1.0
         assert make(0.5, clip=1.0).entropy_range(both)[0, 1] == 0.25
+    far = Positions(mask, student_entropy_BR=torch.zeros(2, 3), reverse_kl_BR=values)
+    assert SoftOR(ranges="response").score(far)[0, 1] == 1.0
+    assert SoftOR().score(far)[0, 1] == 0.25
+    clipped = unit_range(torch.tensor([[0.0, 1, 2, 3, 8], [0, 10, 20, 30, 80]]), torch.ones(2, 5) > 0, "response", 0.75)
+    assert_close(clipped, torch.tensor([[0, 1 / 3, 2 / 3, 1, 1]] * 2))
 
 
 def test_no_rule_of_the_entropy_tells_confident_errors_from_mastery_and_the_soft_or_does():
@@ -135,8 +140,13 @@ def test_sampled_shares_ask_for_what_they_use():
     assert SampledShare(alpha=0.0).needs == ("noise_BR",)
     assert SampledShare().needs == ("noise_BR", "student_entropy_BR")
     assert SampledShare(alpha=0.0, gamma=1.0).needs == ("noise_BR", "jensen_shannon_BR")
-    zero = Positions(ONE, student_entropy_BR=torch.zeros(1, 6), noise_BR=torch.full((1, 6), 0.5))
-    assert SampledShare(0.5)(zero).sum() == 3  # factors are at least 1e-8: nothing is impossible
+    noise = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]])
+    zero = Positions(ONE, student_entropy_BR=torch.zeros(1, 6), jensen_shannon_BR=torch.zeros(1, 6), noise_BR=noise)
+    for drawn in (
+        SampledShare(0.5),
+        SampledShare(0.5, alpha=0.0, gamma=1.0),
+    ):  # factors are at least 1e-8: chance decides
+        assert kept(drawn, zero) == [3, 4, 5]
 
 
 def test_quadrants_part_the_counted_positions():
@@ -146,7 +156,9 @@ def test_quadrants_part_the_counted_positions():
     }  # fmt: skip
     mask = torch.tensor([[True, True, True, True, False, False]])
     masked = Quadrants.of(Positions(mask, student_entropy_BR=H, reverse_kl_BR=REVERSE.masked_fill(~mask, 1e9)))
-    assert sum(part.sum().item() for part in masked.values()) == 4
+    assert {name: part[0].nonzero()[:, 0].tolist() for name, part in masked.items()} == {
+        "q1": [0], "q2": [1], "q3": [2], "q4": [3],
+    }  # fmt: skip
 
 
 def test_a_share_of_all_keeps_all():
@@ -172,6 +184,7 @@ def test_ties_go_to_the_earlier():
         (lambda: SoftOR(clip=0.0), r"SoftOR.clip must lie in \(0, 1\], got 0.0; 1 clips nothing"),
         (lambda: DivergenceTop(divergence="kl"), "DivergenceTop.divergence must be one of reverse_kl, forward_kl"),
         (lambda: SampledShare(alpha=-1.0), "SampledShare takes powers of at least 0, got alpha -1.0"),
+        (lambda: SampledShare(gamma=-1.0), "SampledShare takes powers of at least 0, got alpha 1.0, gamma -1.0"),
         (lambda: Overconfident(0.1, "row"), "Overconfident.scope must be one of batch, response, got 'row'"),
     ],
 )
