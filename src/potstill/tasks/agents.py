@@ -29,7 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "teacher": {"name": "llama-small", "options": {"layers": 2, "width": 96}},
     "student": {"name": "llama-small", "options": {"layers": 2, "width": 48}},
 }
-TRAINING = {"steps": 1500, "batch": 64, "lr": 2e-3, "schedule": "cosine", "warmup": 30, "clip": 1.0}
+TRAINING = {"steps": 1500, "batch": 32, "lr": 3e-3, "schedule": "cosine", "warmup": 30, "clip": 1.0}
 
 
 @dataclass
