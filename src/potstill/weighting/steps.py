@@ -11,6 +11,7 @@ from torch import Tensor
 
 from potstill.contracts.errors import RecipeError
 from potstill.divergences.family import promoted
+from potstill.rollouts.groups import group_advantages
 from potstill.weighting.base import Positions, Weighting
 
 
@@ -71,6 +72,24 @@ class ErrorDecay(Weighting):
         error_B1 = values.first_error_B[:, None]
         after_BR = (values.segment_BR - error_B1).clamp_min(0).masked_fill(error_B1 < 0, 0)
         return torch.tensor(self.gamma, device=after_BR.device).pow(after_BR)
+
+
+@dataclass(frozen=True)
+class AdvantageGate(Weighting):
+    """low + (high - low) sigmoid(-gamma A_i), A_i the row's advantage in its group: successes need less of a teacher.
+
+    The older mode of SOD's code (off when its steps weigh), with its defaults.
+    """
+
+    low: float = 0.0
+    high: float = 0.1
+    gamma: float = 1.0
+    needs = ("reward_B",)
+
+    def weigh(self, values: Positions) -> Tensor:
+        assert values.reward_B is not None
+        gate_B = torch.sigmoid(-self.gamma * group_advantages(values.reward_B, values.group))
+        return (self.low + (self.high - self.low) * gate_B)[:, None].expand(values.mask_BR.shape)
 
 
 def step_means(values_BR: Tensor, segment_BR: Tensor, mask_BR: Tensor) -> tuple[Tensor, Tensor]:
