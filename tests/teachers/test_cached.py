@@ -358,6 +358,36 @@ def test_a_broken_teacher_names_the_rows(tmp_path, folders, data):
         written(tmp_path / "c", broken, data)
 
 
+class TopOnly:
+    """The tiny one as a server would give it: its k likeliest outcomes and no weights."""
+
+    name, gives, k, temperature = "the served one", frozenset({TopKLogp}), 12, 1.0
+
+    def __init__(self, teacher):
+        self.teacher, self.tokenizer, self.vocabulary = teacher, teacher.model.tokenizer, teacher.model.vocabulary
+
+    def score(self, batch, need):
+        logp, ids = self.teacher.score(batch, FullLogits).logits.log_softmax(-1).topk(self.k)
+        shuffled = torch.randperm(self.k, generator=torch.Generator().manual_seed(0))
+        return TopKLogp(logp[:, shuffled], ids[:, shuffled])
+
+
+def test_a_teacher_without_weights_is_cached_from_its_likeliest(tmp_path, folder, teacher, data):
+    served = TopOnly(teacher)
+    write_cache(tmp_path / "c", served, data, k=10, batch=3)
+    batch = data.batch(torch.arange(5))
+    got, wanted = (CachedTeacher(f).score(batch, TopKLogp) for f in (tmp_path / "c", folder))
+    assert torch.equal(got.indices_NK, wanted.indices_NK)
+    assert_close(got.logp_NK, wanted.logp_NK, atol=1e-5, rtol=1e-3)
+    assert json.loads((tmp_path / "c" / "index.json").read_text())["teacher"]["weights"] is None
+    for options in ({"k": 13}, {"k": 10, "temperature": 2.0}):
+        with pytest.raises(
+            SignalError, match=r"the served one gives its 12 likeliest outcomes at temperature 1.0, and a"
+        ):
+            write_cache(tmp_path / "d", served, data, **options)
+    assert not (tmp_path / "d").exists()
+
+
 # ---------------------------------------------------------------- what is refused when read
 
 

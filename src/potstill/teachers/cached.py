@@ -25,7 +25,7 @@ from potstill.assets import lock, replacing
 from potstill.contracts.batch import Batch, TokenBatch
 from potstill.contracts.errors import DataError, ModelError, NonFiniteError, RunError, SignalError
 from potstill.contracts.signals import FullLogits, HiddenAndHead, Signal, TopKLogp
-from potstill.divergences.supports import Full, Support, TopK, log_probs
+from potstill.divergences.supports import Full, Support, TopK, log_probs, tail_logp
 from potstill.teachers.shards import (
     DISTILLKIT,
     FORMAT,
@@ -151,19 +151,27 @@ def write_cache(
 ) -> dict[str, Any]:
     """Score all rows of a token data set and keep the answers. Returns the index.
 
-    teacher: a live one with `.model` (a LocalTeacher). A k of V or more is V - 1, the whole distribution.
+    teacher: a local one, or one that gives TopKLogp at this temperature (served). A k of V or more is V - 1, the whole
+        distribution.
     recipe: the spec that the teacher was built from; source: what the data is called in messages.
     A folder that holds a part of this very cache is completed; finished shards are kept. Anything else is left alone.
     """
-    folder, model = Path(folder), teacher.model
-    vocabulary = min(model.vocabulary, 1 + max(model.tokenizer.get_vocab().values()))  # beyond it, nothing can be said
+    folder, model = Path(folder), getattr(teacher, "model", teacher)
+    tokenizer = model.tokenizer
+    vocabulary = min(model.vocabulary, 1 + max(tokenizer.get_vocab().values()))  # beyond it, nothing can be said
     codec = Codec(vocabulary, min(k, vocabulary - 1), bits)
+    weights = weights_hash(model) if model is not teacher else None
+    if weights is None and (codec.k > teacher.k or temperature != teacher.temperature):
+        raise SignalError(
+            f"{teacher.name} gives its {teacher.k} likeliest outcomes at temperature {teacher.temperature}, and a cache of "
+            f"{codec.k} at {temperature} is asked. Ask for those, or for more of it (teacher.served.k)."
+        )
     digest, positions = data_hash(dataset)
     index: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "teacher": {"name": teacher.name, "recipe": dict(recipe or {}), "weights": weights_hash(model)},
-        "tokenizer": vocabulary_hash(model.tokenizer),
+        "teacher": {"name": teacher.name, "recipe": dict(recipe or {}), "weights": weights},
+        "tokenizer": vocabulary_hash(tokenizer),
         "data": {"source": source, "rows": len(dataset), "positions": positions, "hash": digest},
         "vocabulary": vocabulary,
         "k": codec.k,
@@ -176,7 +184,7 @@ def write_cache(
         index = _begun(folder, index)
         if not (folder / "tokenizer").is_dir():
             with replacing(folder / "tokenizer") as part:
-                model.tokenizer.save_pretrained(part)
+                tokenizer.save_pretrained(part)
         missing = [i for i in range(shard_count(index)) if not is_written(folder, index, i)]
         with _watching(index, missing) as advance:
             for number in missing:
@@ -280,8 +288,7 @@ def _shard(
         lengths += states.counted_BT.sum(1).tolist()
         hashes += row_hashes(states)
         try:
-            for logits in _logits(teacher, states.to(teacher.model.device), codec.vocabulary):
-                records.append(codec.encode(log_probs(logits, index["temperature"])).cpu())
+            records += [some.cpu() for some in _records(teacher, states, codec, index["temperature"])]
         except NonFiniteError as cause:
             raise NonFiniteError(f"{teacher.name}, rows {int(some[0])} to {int(some[-1])}: {cause}") from cause
         advance(sum(lengths[-len(some) :]))
@@ -290,16 +297,24 @@ def _shard(
 
 
 @torch.no_grad()
-def _logits(teacher: Any, batch: TokenBatch, vocabulary: int) -> Iterator[Tensor]:
-    """The teacher's logits at the batch's counted tokens, some positions at a time."""
-    size = max(1, CHUNK // vocabulary)
+def _records(teacher: Any, batch: TokenBatch, codec: Codec, temperature: float) -> Iterator[Tensor]:
+    """The records of the batch's counted tokens, some positions at a time."""
+    if not teacher.gives & {HiddenAndHead, FullLogits}:
+        signal = teacher.score(batch, TopKLogp)
+        kept, places = signal.logp_NK.topk(codec.k, dim=-1)
+        yield codec.encode_kept(kept, signal.indices_NK.gather(-1, places), tail_logp(kept))
+        return
+    for logits in _logits(teacher, batch.to(teacher.model.device), max(1, CHUNK // codec.vocabulary)):
+        yield codec.encode(log_probs(logits[:, : codec.vocabulary], temperature))
+
+
+def _logits(teacher: Any, batch: TokenBatch, size: int) -> Iterator[Tensor]:
     if HiddenAndHead in teacher.gives and getattr(teacher.model, "has_linear_head", False):
         signal = teacher.score(batch, HiddenAndHead)
         for some in torch.arange(len(signal.hidden_ND), device=signal.hidden_ND.device).split(size):
-            yield signal.logits(some)[:, :vocabulary]
+            yield signal.logits(some)
     else:
-        for logits in teacher.score(batch, FullLogits).logits.split(size):
-            yield logits[:, :vocabulary]
+        yield from teacher.score(batch, FullLogits).logits.split(size)
 
 
 @contextmanager

@@ -128,9 +128,13 @@ class Codec:
     def encode(self, logp_NV: Tensor) -> Tensor:
         """Normalised log-probabilities of all outcomes, float32 or better -> records, uint8 [N, C]."""
         kept, ids = logp_NV.topk(self.k, dim=-1)
+        return self.encode_kept(kept, ids, log_mass(logp_NV.scatter(-1, ids, -math.inf)))
+
+    def encode_kept(self, kept: Tensor, ids: Tensor, tail: Tensor) -> Tensor:
+        """The same from the k likeliest, falling, with their ids, [N, K], and the log-mass of all others, [N]."""
         if kept.isnan().any():
             raise NonFiniteError("the teacher's log-probabilities are NaN: its weights or its precision are broken.")
-        odds = log_mass(logp_NV.scatter(-1, ids, -math.inf)) - log_mass(kept)
+        odds = tail - log_mass(kept)
         ids, order = ids.sort(-1)
         gaps = (kept[:, :1] - kept.gather(-1, order)).clamp_max(WIDEST)
         widest = gaps.amax(-1, keepdim=True)
