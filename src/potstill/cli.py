@@ -147,13 +147,12 @@ def cache(
     from potstill import recipe as recipes
     from potstill.run import Run
     from potstill.teachers.cached import described, write_cache
-    from potstill.teachers.local import LocalTeacher
 
     plan = recipes.resolve(recipes.read(recipe, overrides or []), recipe)
     folder = output or Path("caches") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else plan.method.name)
     current = Run(plan, folder)
     write_cache(
-        folder, LocalTeacher(current.model(role)), current.tokens(), k=k, bits=bits, batch=batch, source=current.source.name,
+        folder, current.teacher(role), current.tokens(), k=k, bits=bits, batch=batch, source=current.source.name,
         temperature=temperature or getattr(plan.config, "temperature", 1.0), recipe=current.spec(role).identity(),
     )  # fmt: skip
     print(described(folder))
@@ -230,6 +229,33 @@ def verify(
     from potstill.verify import verify_claim
 
     verify_claim(name, seeds=seeds, output=output)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="a model folder, a Hugging Face id, or a finished run")],
+    host: Annotated[str, typer.Option(help="0.0.0.0 listens to other machines")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    name: Annotated[str | None, typer.Option(help="what clients call the model; default MODEL")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="choices that are worked on together")] = 32,
+    wait: Annotated[float, typer.Option(min=0, help="seconds in which a batch collects")] = 0.005,
+    max_logprobs: Annotated[int, typer.Option(min=0, help="the most log-probs a token that may be asked for")] = 1024,
+    logprobs_mode: Annotated[
+        str, typer.Option(help="raw_logprobs: before temperature and truncation; processed_logprobs: after")
+    ] = "raw_logprobs",
+    refresh_from: Annotated[
+        Path | None, typer.Option(help="folder below which POST /v1/refresh may take new weights")
+    ] = None,
+) -> None:
+    """Serve a causal language model: OpenAI's /v1/completions as vLLM speaks it. POTSTILL_API_KEY, if set, is asked for."""
+    from potstill.serving.server import serve as start
+
+    start(
+        model, host=host, port=port, name=name, dtype=dtype, device=device, batch=batch, wait=wait,
+        max_logprobs=max_logprobs, mode=logprobs_mode, refresh_from=refresh_from,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

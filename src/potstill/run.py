@@ -34,6 +34,7 @@ from potstill.tasks.sources import load
 from potstill.tasks.tokens import Prompts, token_rows
 from potstill.teachers import LocalTeacher
 from potstill.teachers.cached import CachedTeacher, cached_tokenizer
+from potstill.teachers.served import ServedTeacher
 from potstill.training.checkpoint import checkpoints
 from potstill.training.files import load_tensors, read_json, save_tensors, whole_folder, write_json, write_text
 from potstill.training.launch import accelerator
@@ -104,7 +105,7 @@ class Run:
         """What packaged networks must know of the data: classes, sizes, the tokenizer."""
         context = dict(self.source.context)
         if self.source.kind in ("text", "prompts", "chat") and "tokenizer" not in context:
-            named = [s for s in self._specs() if s.cache or s.name is not None]
+            named = [s for s in self._specs() if s.cache or (s.name is not None and s.address is None)]
             foreign = next((s for s in named if s.cache or not self._packaged(s)), None)
             if foreign is not None and foreign.cache:
                 context["tokenizer"] = cached_tokenizer(foreign.cache)
@@ -137,13 +138,15 @@ class Run:
         return self.model("student")
 
     def teacher(self, role: str = "teacher") -> Any:
-        """A role's model as a teacher: frozen here, or its answers to this run's rows from a cache."""
+        """A role's model as a teacher: frozen here, asked at its address, or its answers to this run's rows from a cache."""
         spec = self.spec(role)
         if isinstance(spec, ModelSpec) and spec.cache is not None:
             support = getattr(self.config, "support", Full())
             tokenizer = self.context["tokenizer"]
             cached = CachedTeacher(spec.cache, tokenizer=tokenizer, asked=spec.identity(), support=support)
             return cached.check(self.tokens())
+        if isinstance(spec, ModelSpec) and spec.address is not None:
+            return ServedTeacher(spec.address, self.context["tokenizer"], spec.served)
         return LocalTeacher(self.model(role))
 
     def model(self, role: str) -> Any:
@@ -213,6 +216,11 @@ class Run:
             raise RecipeError(
                 f"{role}.cache gives a teacher's answers to the training rows, and {self.plan.method.name} needs the weights "
                 f"of its {role} here. Give {role}: NAME without cache."
+            )
+        if spec.address is not None:
+            raise RecipeError(
+                f"{role}: {spec.address} is a server, and {self.plan.method.name} needs this model's weights here. "
+                f"Give {role} as a folder or an id."
             )
         if spec.from_ is not None:
             if spec.from_ not in self.plan.method.roles:
@@ -339,7 +347,7 @@ def trained(
         )
     settings = {**own, "trackers": [], "device": device}
     identity = {
-        "kind": kind, "spec": spec.model_dump(mode="json", exclude={"cache"}),
+        "kind": kind, "spec": spec.model_dump(mode="json", exclude={"cache", "served"}),
         "data": data.model_dump(mode="json"), "source": source.name,
         "settings": {k: v for k, v in settings.items() if k != "device"}, "format": 1,
     }  # fmt: skip
