@@ -104,6 +104,20 @@ def test_a_row_is_the_whole_conversation_and_only_the_models_words_count(templat
     assert [row["prompt"] for row in batch.extra["rows"]] == [t for t in TEXTS for _ in range(2)]
 
 
+def test_what_stands_between_two_actions():
+    plain, chat = (Dialogue(model_of(template=t).tokenizer, ";", [2]) for t in (None, CHAT))
+    read = lambda dialogue, ids: dialogue.tokenizer.decode(ids)
+    for closed, tail in ((True, "= 1;"), (False, ";= 1;")):
+        assert read(plain, plain.between("= 1;", closed)) == tail
+    for closed, tail in ((True, "|[user]= 1;|[assistant]"), (False, "<eos>|[user]= 1;|[assistant]")):
+        assert read(chat, chat.between("= 1;", closed)) == tail
+    assert [read(d, d.action("ab")) for d in (plain, chat)] == ["ab;", "ab<eos>"]
+    assert [read(d, d.action("ab", last=True)) for d in (plain, chat)] == ["ab<eos>"] * 2
+    assert plain.stop_ids == (2, plain.tokenizer(";")["input_ids"][0])
+    assert chat.stop_ids == (2,)
+    assert (plain.said(plain.action("ab")), chat.said(chat._ids("a;b<eos>"))) == ("ab", "a;b")
+
+
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config, Gemma3TextConfig])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"top_k": 4}, {"greedy": True}], ids=str)
 def test_log_probs_are_those_of_a_teacher_forced_pass(config, options):

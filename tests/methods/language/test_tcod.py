@@ -193,7 +193,7 @@ def run(folder, *args, **overrides):
 def knowing(monkeypatch):
     """A teacher that solves all but the first task: its trajectories are the source's own."""
     monkeypatch.setattr(
-        module, "_trajectories",
+        module, "trajectories",
         lambda run, config, prompts, playing: {str(i): prompts.rows[i][2]["actions"] for i in range(1, len(prompts))},
     )  # fmt: skip
 

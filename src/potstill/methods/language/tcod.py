@@ -34,17 +34,17 @@ from pydantic import Field
 from potstill.contracts import keyed
 from potstill.contracts.batch import Batch, PromptBatch, TokenBatch
 from potstill.contracts.errors import DataError
-from potstill.contracts.players import Objective
 from potstill.contracts.spec import MethodConfig
 from potstill.contracts.terms import Loss, Term
 from potstill.divergences import ForwardKL
 from potstill.methods import method
 from potstill.methods.language.comparison import compared, start_of
+from potstill.methods.language.playing import cold_start, held_out, imitation, reported, written
 from potstill.objectives.policy import Clip, PolicyGradient
 from potstill.objectives.tokens import TokenDistillation
 from potstill.rollouts.episodes import Curriculum, by_turn, episodes
 from potstill.run import Result, Run
-from potstill.tasks.agents import environment_of, played, transcripts
+from potstill.tasks.agents import environment_of, played
 from potstill.tasks.tokens import Prompts
 from potstill.training.tracking import read_journal
 
@@ -103,16 +103,13 @@ class EpisodeDivergence(_Watched, TokenDistillation):
 def tcod(run: Run, config: TCOD) -> Result:
     make = environment_of(run.source, "tcod")
     student, teacher = run.student(), run.teacher()
-    written = lambda rows: transcripts(rows, make, run.context["tokenizer"], run.plan.data.length)
-    if config.warm_start:
-        changes: dict[str, Any] = {"steps": config.warm_start, "lr": config.warm_start_lr or run.train.lr}
-        run.fit(_imitation(run, lr=changes["lr"]), written(run.source.train), stage="warm start", **changes)
+    cold_start(run, make, config.warm_start, config.warm_start_lr)
     before = start_of(student)
     playing: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "length": run.plan.data.length}
     prompts, curriculum = run.prompts(), Curriculum(config.curriculum, config.k_start, config.eta, config.indices)
     if config.curriculum == "b2f" or config.signal == "sft":
-        found = run.stage("trajectories", _trajectories, run, config, prompts, playing)
-        prompts = _solved(run, prompts, found)
+        found = run.stage("trajectories", trajectories, run, config, prompts, playing)
+        prompts = solved(run, prompts, found)
 
     def rollout(batch: Batch, step: int) -> TokenBatch:
         assert isinstance(batch, PromptBatch)
@@ -129,20 +126,13 @@ def tcod(run: Run, config: TCOD) -> Result:
             **playing,
         )
 
-    tests, data = _tests(run), prompts
+    data: Any = prompts
     parts: dict[str, Any] = {"optimizer": run.train.optimizer_spec(), "seed": run.seed, "average": config.average}
+    parts["temperature"] = config.temperature
     if config.signal == "sft":
-        objective, data = _imitation(run), written([row for _, _, row in prompts.rows])
+        objective, data = imitation(run), written(run, make, [row for _, _, row in prompts.rows])
     elif config.signal == "forward":
-        objective = EpisodeDivergence(
-            rollout,
-            student,
-            teacher,
-            ForwardKL(),
-            distillation=config.coefficient,
-            temperature=config.temperature,
-            **parts,
-        )
+        objective = EpisodeDivergence(rollout, student, teacher, ForwardKL(), distillation=config.coefficient, **parts)
     else:
         objective = EpisodeGradient(
             student,
@@ -152,41 +142,32 @@ def tcod(run: Run, config: TCOD) -> Result:
             task_coefficient=0.0,
             teacher_coefficient=config.coefficient,
             clip=config.clip,
-            temperature=config.temperature,
             updates_per_rollout=config.updates_per_rollout,
             max_staleness=config.max_staleness,
             **parts,
         )
+    tests = held_out(run)
     play = lambda model, temperature=1.0: played(
         model, teacher, make, tests, max_turns=config.max_turns, temperature=temperature, seed=run.seed, **playing
     )
     run.fit(objective, data, evaluate=lambda step: {k: play(student)[k] for k in ("success", "trajectory_kl")})
     models = {"teacher": run.model("teacher"), "student before": before, "student after": student}
-    measured = run.stage(
-        "episodes",
-        lambda: {
-            name: {**play(model), "success": play(model, config.eval_temperature)["success"]}
-            for name, model in models.items()
-        },
-    )
+    cool = lambda model: {"success": play(model, config.eval_temperature)["success"]}
+    measured = run.stage("episodes", lambda: {name: {**play(model), **cool(model)} for name, model in models.items()})
     result = compared(run, before=before)
-    return Result(result.student, {**result.metrics, **_reported(run, {name: measured[name] for name in models})})
+    measured = {name: measured[name] for name in models}
+    return Result(
+        result.student, {**result.metrics, **reported(run, measured), **depths(run, measured, config.samples)}
+    )
 
 
-def _imitation(run: Run, lr: float | None = None) -> Objective:
-    """Next-token prediction on the actions of transcripts."""
-    optimizer = run.train.optimizer_spec(**({"lr": lr} if lr else {}))
-    return TokenDistillation(run.student(), None, cross_entropy=1.0, optimizer=optimizer, seed=run.seed)
-
-
-def _trajectories(run: Run, config: TCOD, prompts: Prompts, playing: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The actions of the teacher's first success at each training task, by the task's number; the others fail."""
+def trajectories(run: Run, config: TCOD, prompts: Prompts, playing: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The actions of the teacher's first success at each training task, by the task's number; others have none."""
     found: dict[str, list[str]] = {}
     tasks = range(min(config.tasks or len(prompts), len(prompts)))
     for attempt in range(config.attempts):
-        for rows in torch.tensor([i for i in tasks if str(i) not in found], dtype=torch.int64).split(
-            run.plan.eval.batch
-        ):
+        open_ = torch.tensor([i for i in tasks if str(i) not in found], dtype=torch.int64)
+        for rows in open_.split(run.plan.eval.batch):
             out = episodes(
                 run.model("teacher"),
                 environment_of(run.source, "tcod"),
@@ -201,7 +182,7 @@ def _trajectories(run: Run, config: TCOD, prompts: Prompts, playing: Mapping[str
     return found
 
 
-def _solved(run: Run, prompts: Prompts, found: Mapping[str, list[str]]) -> Prompts:
+def solved(run: Run, prompts: Prompts, found: Mapping[str, list[str]]) -> Prompts:
     """The tasks that the teacher has solved, with its actions."""
     if not found:
         raise DataError(
@@ -211,59 +192,32 @@ def _solved(run: Run, prompts: Prompts, found: Mapping[str, list[str]]) -> Promp
     return Prompts(rows, run.context["tokenizer"], run.plan.data.prompt_length, run.plan.data.length)
 
 
-def _tests(run: Run) -> list[PromptBatch]:
-    prompts = run.prompts("test")
-    numbers = torch.arange(min(run.plan.eval.limit or len(prompts), len(prompts)))
-    return [prompts.batch(rows).to(run.device) for rows in numbers.split(run.plan.eval.batch)]
-
-
-def _reported(run: Run, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Records for the report, and the run's numbers."""
-    columns = ["success", "finished", "errors", "turns", "trajectory_kl"]
-    run.record(
-        "4-episodes",
-        "table",
-        "Held-out tasks from their start",
-        columns=["model", *columns],
-        rows=[[name, *(found[c] for c in columns)] for name, found in measured.items()],
-        note="success: mean reward. errors: share of episodes with an action that could not be carried out. trajectory_kl: "
-        "sum over an episode's own tokens of log q - log p (p teacher, q the model), nats.",
-    )
-    students = {name: found for name, found in measured.items() if name != "teacher"}
+def depths(run: Run, measured: Mapping[str, Mapping[str, Any]], samples: int) -> dict[str, float]:
+    """The KL by turn, at the end and on the way, for the report; what the training episodes were like, as numbers."""
+    students = {name: found["turn_kl"] for name, found in measured.items() if name != "teacher"}
     run.record(
         "5-turns",
         "curves",
         "KL(q || p) of a turn, by its depth, over the episodes that reach it",
-        series=[{"label": n, "x": list(range(len(f["turn_kl"]))), "y": f["turn_kl"]} for n, f in students.items()],
+        series=[{"label": name, "x": list(range(len(kl))), "y": kl} for name, kl in students.items()],
         x_label="turn",
         y_label="nats",
     )
-    journal = [row for row in read_journal(run.folder / "metrics.jsonl") if row["stage"] == "distil"]
-    rows = [row for row in journal if "student/trajectory_kl" in row]
+    journal = read_journal(run.folder / "metrics.jsonl")
+    rows = [row for row in journal if row["stage"] == "distil" and "student/trajectory_kl" in row]
+    if not rows:  # imitation plays no episodes
+        return {}
+    lines = {name: [row[f"student/{name}"] for row in rows] for name in ("trajectory_kl", "turns")}
     run.record(
         "6-training",
         "curves",
         "Trajectory KL(q || p) and depth of the training episodes",
-        series=[
-            {"label": name, "x": [row["step"] for row in rows], "y": [row[f"student/{name}"] for row in rows]}
-            for name in ("trajectory_kl", "turns")
-        ],
+        series=[{"label": name, "x": [row["step"] for row in rows], "y": y} for name, y in lines.items()],
         x_label="step",
         y_label="nats; turns",
     )
-    shown = [{"prompt": t["prompt"]} for t in measured["teacher"]["texts"]]
-    for name, found in measured.items():
-        for row, text in zip(shown, found["texts"]):
-            row[name] = " / ".join(
-                [*(f"{t['action']} -> {t['observation']}" for t in text["turns"]), f"({text['ending']})"]
-            )
-    run.record("7-episodes", "texts", "Episodes of held-out tasks", columns=list(measured), rows=shown)
-    after = measured["student after"]
-    early = [row["student/trajectory_kl"] for row in rows[: max(1, len(rows) // 3)]]
+    early = lines["trajectory_kl"][: max(1, len(rows) // 3)]
     return {
-        **{f"{name.replace('student ', '')}_success": found["success"] for name, found in measured.items()},
-        **{name: after[name] for name in columns},
-        "before_trajectory_kl": measured["student before"]["trajectory_kl"],
-        **({"early_trajectory_kl": sum(early) / len(early)} if early else {}),
-        **({"turns_played": sum(row["student/turns"] for row in rows) * run.train.batch} if rows else {}),
+        "early_trajectory_kl": sum(early) / len(early),
+        "turns_played": sum(lines["turns"]) * run.train.batch * samples,
     }
