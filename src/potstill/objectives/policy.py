@@ -253,7 +253,7 @@ class PolicyGradient(Objective):
     @torch.no_grad()
     def judged(self, batch: TokenBatch, step: int) -> TokenBatch:
         """The rollouts with the old policy's log-probabilities, what teacher and reference say of them, and advantages."""
-        batch = replace(batch, extra=dict(batch.extra))
+        batch = replace(batch, extra={"segment_BT": runs_of(batch.counted_BT), **batch.extra})
         if batch.sampled_logp_BT is None:
             with evaluating(self.student):
                 old_N = self._logp_of(self.student, self.student.counted_hidden(batch), batch)
@@ -298,8 +298,7 @@ class PolicyGradient(Objective):
         known: dict[str, Any] = {}
         if "log_ratio_BT" in batch.extra:
             known["log_ratio_BR"] = rows.spread(batch.extra["log_ratio_BT"][batch.counted_BT])
-        segment_BT = batch.extra["segment_BT"] if "segment_BT" in batch.extra else runs_of(batch.counted_BT)
-        known["segment_BR"] = rows.spread(segment_BT[batch.counted_BT])
+        known["segment_BR"] = rows.spread(batch.extra["segment_BT"][batch.counted_BT])
         if set(self.weighting.needs) & {f"{name}_BR" for name in (*ALSO, "student_entropy", "teacher_entropy")}:
             known |= {f"{name}_BR": rows.spread(values) for name, values in self._compared(batch, rows).items()}
         if "noise_BR" in self.weighting.needs:
