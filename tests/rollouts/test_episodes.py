@@ -188,6 +188,8 @@ def test_an_empty_action_is_a_turn_like_any_other():
     assert [turn["action"] for turn in batch.extra["turns"][0]] == ["", ""]
     assert shown(model, batch, 0) == "go;= 0;;"
     assert batch.extra["segment_BT"][0].tolist() == [-1, -1, 0, -1, -1, -1, -1, 1]
+    roomy = play(model, prompts_of(model, ["go"], 2), max_new_tokens=600)  # more than the context: it closes before
+    assert roomy.extra["ending"] == ["done"]
 
 
 def test_an_action_longer_than_the_context_ends_the_episode_there():
@@ -228,6 +230,8 @@ def test_replayed_actions_are_read_but_do_not_count(template):
     assert batch.extra["first_error"][0] != 1, "an error of the other policy is not the model's"
     plain = play(model, prompts_of(model, TEXTS, [4, 4, 4, 4]))
     assert plain.extra["turns"][1] == batch.extra["turns"][1]
+    group = play(model, prompts_of(model, TEXTS[:2], 4), prefixes=[["ab", "d"], []], samples_per_prompt=2)
+    assert [sum(turn["replayed"] for turn in turns) for turns in group.extra["turns"]] == [2, 2, 0, 0]
 
 
 def test_a_replay_that_ends_early_drops_the_sample():

@@ -201,12 +201,14 @@ def knowing(monkeypatch):
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config, Gemma3TextConfig])
 def test_real_architectures(config, tmp_path, tiny_lm):
     student, teacher = tiny_lm(1, config, TOKENIZER), tiny_lm(2, config, TOKENIZER, hidden_size=48)
-    metrics = run(
-        tmp_path / "run", student, teacher, **{"method.warm_start": 1, "method.updates_per_rollout": 2}
-    ).metrics
+    more = {"method.warm_start": 1, "method.updates_per_rollout": 2, "train.evaluate_every": 2}
+    metrics = run(tmp_path / "run", student, teacher, **more).metrics
     assert metrics["turns"] == 4
     assert math.isfinite(metrics["early_trajectory_kl"])
     assert metrics["turns_played"] == 4 * (1 + 1), "the second update uses the first one's rollouts"
+    journal = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in journal] == ["warm start", "distil", "distil"]
+    assert journal[-1]["eval/trajectory_kl"] == pytest.approx(metrics["trajectory_kl"])
     records = {path.stem for path in (tmp_path / "run" / "records").glob("*.json")}
     assert {"4-episodes", "5-turns", "6-training", "7-episodes"} <= records
 
