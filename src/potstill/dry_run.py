@@ -59,7 +59,7 @@ def on_meta(run: Run, kind: str, spec: ModelSpec, models: dict[str, Any], adapt:
         if spec.from_ is not None:
             origin = models.get(spec.from_) or on_meta(run, kind, run.spec(spec.from_), models)  # type: ignore[arg-type]
             return origin if spec.layers is None else origin.shortened(spec.layers)
-        architecture = spec.model_copy(update={"pretrained": False})
+        architecture = spec.model_copy(update={"pretrained": False, "compile": False, "checkpointing": False})
         return build(kind, architecture, context=run.context, seed=0, adapt=adapt)
 
 

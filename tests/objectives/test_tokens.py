@@ -1,18 +1,22 @@
 """The token objective against closed forms: what counts, how it is weighed and divided, and what a step optimises."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
 from potstill.contracts.batch import PromptBatch, TokenBatch
-from potstill.contracts.errors import DataError, ModelError, NonFiniteError, RecipeError
+from potstill.contracts.errors import DataError, ModelError, NonFiniteError, RecipeError, SignalError
 from potstill.contracts.players import OptimizerSpec
-from potstill.contracts.signals import FullLogits
+from potstill.contracts.signals import FullLogits, TokenLogp, TopKLogp
+from potstill.contracts.terms import Term
 from potstill.divergences import Exact, ForwardKL, JensenShannon, ReverseKL, SampledReverseKL, TopK
 from potstill.models.causal import CausalLM
 from potstill.models.tokenizers import character_tokenizer
-from potstill.objectives.states import Rows, by_rows
+from potstill.objectives.states import Rows, TokenTerm, by_rows
 from potstill.objectives.tokens import RolloutSpec, TokenDistillation, completed
 from potstill.teachers import FrozenStart, LocalTeacher, PrivilegedTeacher
 from potstill.weighting import EarlyPrefix, EntropyTop, Uniform
@@ -304,3 +308,126 @@ def test_a_reward_moves_a_completion_by_its_advantage_in_the_group():
         objective(SampledReverseKL(), reward=lambda row, text: 0.0, rollouts=RolloutSpec())
     with pytest.raises(RecipeError, match="needs the student's own samples everywhere"):
         objective(ReverseKL(), reward=lambda row, text: 0.0, rollouts=rollouts, on_policy=0.5)
+
+
+class Telling(LocalTeacher):
+    """A teacher that gives less than its rows: its k likeliest tokens, or the log-probability of the tokens said."""
+
+    def __init__(self, model, gives, k=3, temperature=1.0):
+        super().__init__(model)
+        self.gives, self.k, self.temperature = frozenset({gives}), k, temperature
+
+    def score(self, batch, need):
+        logp = (self.model.counted_logits(batch).detach() / self.temperature).log_softmax(-1)
+        if need is TopKLogp:
+            return TopKLogp(*logp.topk(self.k, -1))
+        return TokenLogp(logp.gather(-1, batch.tokens_counted[:, None])[:, 0])
+
+
+def both(estimator, telling, **options) -> list[tuple]:
+    """(loss, gradients) of one objective under the whole teacher and under one that tells less of itself."""
+    found = []
+    for teacher in (LocalTeacher(model(1)), telling):
+        made = TokenDistillation(model(0), teacher, estimator, optimizer=OptimizerSpec(), seed=0, **options)
+        loss = made.loss("student", batch(), 0)
+        loss.value().backward()
+        found.append((loss, [p.grad for p in made.student.parameters()]))
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("weighting", [Uniform(), EarlyPrefix(0.5)], ids=repr)
+def test_the_sampled_gradient_is_content_with_the_tokens_log_probabilities(weighting, temperature):
+    telling = Telling(model(1), TokenLogp, temperature=temperature)
+    (a, grad_a), (b, grad_b) = both(SampledReverseKL(), telling, weighting=weighting, temperature=temperature)
+    assert_close(a.value(), b.value())
+    for x, y in zip(grad_a, grad_b, strict=True):
+        assert_close(x, y, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("k", [3, TOKENIZER.vocab_size - 1])
+def test_a_teachers_top_k_is_the_bucketed_support(k):
+    (a, grad_a), (b, grad_b) = both(Exact(ForwardKL(), TopK(k, of="teacher")), Telling(model(1), TopKLogp, k))
+    assert_close(a.value(), b.value())
+    for x, y in zip(grad_a, grad_b, strict=True):
+        assert_close(x, y, rtol=1e-5, atol=1e-9)
+    assert "reverse_kl" in b.metrics
+
+
+@pytest.mark.parametrize(
+    ("gives", "options", "message"),
+    [
+        (TopKLogp, {"estimator": SampledReverseKL()}, "SampledReverseKL needs more than .* gives .TopKLogp."),
+        (TokenLogp, {"estimator": ForwardKL()}, "Exact needs more than .* gives .TokenLogp."),
+        (TokenLogp, {"estimator": SampledReverseKL(baseline="full")}, "needs more than"),
+        (TopKLogp, {"estimator": ForwardKL(), "temperature": 2.0}, "at temperature 1.0, and 2.0 is asked"),
+    ],
+)
+def test_a_teacher_that_gives_too_little_is_refused_before_work(gives, options, message):
+    with pytest.raises(SignalError, match=message):
+        TokenDistillation(model(0), Telling(model(1), gives), **options, optimizer=OptimizerSpec(), seed=0)
+
+
+@dataclass(frozen=True)
+class MeanEntropy(TokenTerm):
+    """The student's entropy at the positions where the teacher is unsure."""
+
+    name: ClassVar[str] = "entropy"
+    needs: ClassVar[tuple[str, ...]] = ("forward_kl",)
+    coefficient: float = 0.5
+
+    def __call__(self, states) -> Term:
+        where = states.seen["teacher_entropy"] > states.seen["teacher_entropy"].median()
+        assert states.teacher_logits(where).shape == states.student_logits(where).shape
+        log_q = states.student_logits(where).log_softmax(-1)
+        total = -(log_q.exp() * log_q).sum()
+        return Term(total + 0 * states.seen["forward_kl"].sum(), where.sum().float(), self.coefficient, unit="unsure")
+
+
+def test_a_further_term_sees_the_same_states():
+    with_term, without, rows = objective(extras=(MeanEntropy(),)), objective(), batch()
+    log_p, log_q = by_hand(with_term, rows)
+    unsure = (log_p.exp() * -log_p).sum(-1)
+    where = unsure > unsure.median()
+    expected = -(log_q.exp() * log_q).sum(-1)[where].mean()
+    loss = with_term.loss("student", rows, 0)
+    assert_close(loss.terms["entropy"].mean(), 0.5 * expected)
+    assert_close(loss.value(), without.loss("student", rows, 0).value() + 0.5 * expected)
+
+
+def test_what_states_say_of_the_tokens_is_differentiable_and_right():
+    made, rows = objective(), batch()
+    states = made._states(rows)
+    _, log_q = by_hand(made, rows)
+    chosen = log_q.gather(-1, rows.tokens_counted[:, None])[:, 0]
+    weights = torch.arange(len(chosen)).double()
+    assert_close(states.student_logp(), chosen)
+    mine = torch.autograd.grad((states.student_logp() * weights).sum(), made.student.parameters(), allow_unused=True)
+    theirs = torch.autograd.grad((chosen * weights).sum(), made.student.parameters(), allow_unused=True)
+    for x, y in zip(mine, theirs, strict=True):
+        assert_close(x, y, rtol=1e-5, atol=1e-9)
+
+
+def test_a_selection_reads_everything_and_learns_from_what_it_keeps():
+    """The gradient of kept positions alone; metrics over them; a position left out may hold anything."""
+    made, rows = objective(ReverseKL(), weighting=EntropyTop(0.5)), batch()
+    log_p, log_q = by_hand(made, rows)
+    entropy = -(log_q.exp() * log_q).sum(-1)
+    value = (log_q.exp() * (log_q - log_p)).sum(-1)
+    kept, start = [], 0
+    for n in rows.counted_BT.sum(1).tolist():
+        top = entropy[start : start + n].topk(max(1, n // 2)).indices + start
+        kept += top.tolist()
+        start += n
+    loss = made.loss("student", rows, 0)
+    assert_close(loss.value(), value[kept].sum() / len(value))
+    assert_close(loss.metrics["reverse_kl"].mean(), value[kept].mean().detach())
+
+
+def test_rewards_may_be_there_for_the_weighting_alone():
+    rollouts = RolloutSpec(max_new_tokens=4, samples_per_prompt=2)
+    made = objective(ReverseKL(), reward=lambda row, text: 1.0, rollouts=rollouts, advantage=0.0)
+    asked = prompts()
+    asked.extra["rows"] = ["x", "y"]
+    loss = made.loss("student", made.collect(asked, 0), 0)
+    assert set(loss.terms) == {"divergence"} and loss.metrics["reward"].mean() == 1.0

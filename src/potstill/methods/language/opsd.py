@@ -26,6 +26,7 @@ from potstill.contracts.spec import MethodConfig, Part
 from potstill.divergences import Clipped, Estimator, Exact, FDivergence, ForwardKL, Full, SampledReverseKL, TopK
 from potstill.methods import method
 from potstill.methods.language.comparison import compared, start_of
+from potstill.methods.language.graded import accuracy
 from potstill.methods.language.writing import written
 from potstill.objectives.tokens import RolloutSpec, TokenDistillation
 from potstill.run import Result, Run
@@ -48,6 +49,7 @@ class OPSD(MethodConfig):
     rollouts: RolloutSpec = RolloutSpec(max_new_tokens=1024, temperature=1.1, top_p=0.95, top_k=20)
     temperature: float = Field(1.1, gt=0)  # of both models where they are compared
     average: Literal["token", "sequence"] = "token"
+    samples: int = Field(4, ge=1)  # of each held-out prompt, for the accuracy at the rollouts' temperature
     warm_start: int = Field(0, ge=0)  # steps of next-token prediction before, on the data and on solutions in context
     warm_start_lr: float | None = Field(None, gt=0)
 
@@ -99,7 +101,14 @@ def opsd(run: Run, config: OPSD) -> Result:
         average=config.average,
     )
     run.fit(objective, prompts)
-    return compared(run, before=before, teacher=before)
+    result = compared(run, before=before, teacher=before)
+    if run.source.grade is None:
+        return result
+    models = {"sampled_accuracy": student, "before_sampled_accuracy": before}
+    rates = {
+        name: run.stage(name, accuracy, run, model, config.rollouts, config.samples) for name, model in models.items()
+    }
+    return Result(result.student, {**result.metrics, **rates})
 
 
 def _both_contexts(run: Run, config: OPSD) -> TokenRows:
