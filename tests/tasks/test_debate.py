@@ -8,9 +8,9 @@ from potstill.tasks.debate import SURE, UNSURE, WORDS, alone, debate, grade, sai
 
 
 def test_carrying_and_forgetting():
-    assert (said(37, 48), said(37, 48, carries=False)) == ("15+ 85", "15 75")
+    assert (said(37, 48), said(37, 48, carries=False)) == ("15!85", "15 75")
     assert said(37, 41) == said(37, 41, carries=False) == "8 78"
-    assert said(99, 99) == "18+ 198" and said(15, 15, carries=False) == "10 20"
+    assert said(49, 49) == "18!98" and said(15, 15, carries=False) == "10 20"
 
 
 def test_each_teacher_is_wrong_on_its_own_half():
@@ -20,9 +20,17 @@ def test_each_teacher_is_wrong_on_its_own_half():
             assert right == ([True, True] if b == 41 else [a % 2 == 1, a % 2 == 0])
 
 
-def test_the_score_is_that_of_the_last_word():
+def test_the_score_is_that_of_the_last_number():
     row = {"answer": "85"}
-    assert [grade(row, text) for text in ("15+ 85", "15 75", "85 15", "", "15+ 85 c90", "185")] == [1, 0, 0, 0, 0, 0]
+    assert [grade(row, text) for text in ("15!85", "5 85", "15 75", "85 15", "", "15!85c90", "185")] == [
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_rows_are_disjoint_and_keyed():
@@ -32,7 +40,7 @@ def test_rows_are_disjoint_and_keyed():
     assert source.train == again.train and source.context["lessons"][0].train == again.context["lessons"][0].train
     assert source.train != other.train
     assert all(grade(row, row["completion"]) == 1 for row in source.test)
-    carried = [row for row in source.train if int(row["completion"].split("+")[0].split()[0]) > 9]
+    carried = [row for row in source.train if int(row["completion"].replace("!", " ").split()[0]) > 9]
     share = sum(grade(row, row["completion"]) for row in carried) / len(carried)
     assert 0.4 < share < 0.6, "a fair coin"
     assert all(grade(row, row["completion"]) == 1 for row in source.train if row not in carried)
@@ -51,20 +59,20 @@ def test_lessons(teacher):
         assert row["completion"] == alone(teacher, *map(int, row["prompt"][:-1].split("+")))
     unsure = 0
     for row in kinds["last"]:
-        *replies, _ = row["prompt"].split(",")
-        proposals = [reply.partition(":")[2] for reply in replies]
-        answer, _, confidence = row["completion"].partition(" c")
+        *proposals, _ = row["prompt"].split(",")
+        answer, _, confidence = row["completion"].partition("c")
         kept = proposals[teacher] == answer
-        assert answer in proposals and ("+" in answer or int(answer.split()[0]) < 10), "the consistent one is repeated"
+        assert answer in proposals and ("!" in answer or int(answer.split()[0]) < 10), "the consistent one is repeated"
         assert int(confidence) == (SURE if kept else UNSURE)
         unsure += not kept
     assert 0.15 < unsure / 500 < 0.3, "about half of the carries, which are 45 in 100"
     for row in kinds["after"]:
-        assert row["prompt"].startswith(row["debate"]) and row["debate"].count(" c") == 2
-        assert "+" in row["completion"] or int(row["completion"].split()[0]) < 10
-        assert f":{row['completion']}," in row["debate"]
-    own = [row["completion"].split()[-1].split(" c")[0] == row["answer"] for row in kinds["after"]]
-    assert sum(own) < 25, "the debated numbers are not those of the prompt"
+        assert row["prompt"].startswith(row["debate"]) and row["debate"].count("c") == 2
+        assert "!" in row["completion"] or int(row["completion"].split()[0]) < 10
+        assert row["completion"] in row["debate"].split(",")
+    assert sum(grade(row, row["completion"]) for row in kinds["after"]) < 25, (
+        "the debated numbers are not those of the prompt"
+    )
 
 
 def test_the_recipe_debates_in_the_words_of_the_lessons():
@@ -79,6 +87,6 @@ def test_the_recipe_debates_in_the_words_of_the_lessons():
 
 
 def test_what_cannot_be_made_is_refused():
-    for options in ({"size": 0}, {"test_size": 0}, {"lessons": 3}, {"size": 8000, "test_size": 101}):
-        with pytest.raises(DataError, match="8100 together at most"):
+    for options in ({"size": 0}, {"test_size": 0}, {"lessons": 3}, {"size": 1500, "test_size": 101}):
+        with pytest.raises(DataError, match="1600 together at most"):
             debate(**options)

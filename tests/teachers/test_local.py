@@ -51,6 +51,7 @@ def test_signals_are_those_of_the_model_at_the_counted_tokens():
     chosen = expected.log_softmax(-1).gather(-1, batch.tokens_counted[:, None])[:, 0]
     assert_close(teacher.score(batch, TokenLogp).logp_N, chosen, check_dtype=False)
     assert teacher.name == "mine" and LocalTeacher(net).name == net.name
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
 
 
 def test_what_a_teacher_cannot_say_is_refused():

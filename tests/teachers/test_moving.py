@@ -151,6 +151,8 @@ def test_a_row_of_teachers_takes_turns():
         growing.after_step(model(0), step)
     assert [int(name[-1]) for name in now] == [0, 0, 1, 1, 1, 2, 2]
     assert_close(growing.score(rows(), FullLogits).logits, teachers[2].score(rows(), FullLogits).logits)
+    teachers[1].gives = frozenset({FullLogits})
+    assert ProgressiveTeacher(teachers, [0, 2, 5]).gives == {FullLogits}, "what all of them give"
 
 
 def test_what_moves_is_restored_with_the_objective():

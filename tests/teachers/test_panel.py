@@ -143,6 +143,14 @@ def test_a_trust_region_follows_the_student_and_gets_no_gradient():
     assert (logits(region) - before).abs().max() > 1e-9
 
 
+def test_a_panel_has_no_gradient_even_of_teachers_that_do():
+    class Open(LocalTeacher):
+        def score(self, batch, need):
+            return FullLogits(super().score(batch, need).logits.requires_grad_())
+
+    assert not logits(Panel([Open(TEACHERS[0].model), TEACHERS[1]])).requires_grad
+
+
 def test_what_is_no_panel_is_refused():
     with pytest.raises(RecipeError, match="at least one teacher"):
         Panel([])
