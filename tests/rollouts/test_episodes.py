@@ -207,6 +207,10 @@ def test_an_action_longer_than_the_context_ends_the_episode_there():
     assert shown(model, short, 0) == "goaaa"
     assert short.extra["ending"] == ["context"]
     assert short.extra["turns"][0][0]["observation"] == "= 3;"
+    exact = model_of(room=10)  # with its answer the row would be full, and nothing could follow
+    exact.head = model.head
+    full = play(exact, prompts_of(exact, ["go"], 3), max_new_tokens=3)
+    assert (shown(exact, full, 0), full.extra["ending"]) == ("goaaa", ["context"])
     tight = play(model_of(), prompts_of(model, ["go"], 3), length=6)
     assert int(tight.attention_BT.sum()) <= 6
 
