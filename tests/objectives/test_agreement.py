@@ -12,9 +12,9 @@ from potstill.contracts.signals import FullLogits
 from potstill.divergences import Clipped, ForwardKL, ReverseKL, SampledReverseKL
 from potstill.models.causal import CausalLM
 from potstill.models.tokenizers import character_tokenizer
-from potstill.objectives.agreement import ContextDistillation, ContrastiveTerm, FeatureTerm, context_logp
+from potstill.objectives.agreement import ContextDistillation, ContrastiveTerm, FeatureTerm, context_logp, token_logp_of
 from potstill.objectives.tokens import TokenDistillation
-from potstill.teachers import EMATeacher, LocalTeacher, PrivilegedTeacher
+from potstill.teachers import EMATeacher, LiveTeacher, LocalTeacher, PrivilegedTeacher
 from potstill.weighting import Agreement, PerResponse
 
 TOKENIZER = character_tokenizer(["abcdefg "])
@@ -175,9 +175,10 @@ def test_a_quantile_clips_the_largest_values_and_leaves_the_others(part):
     kept = torch.where(values < limit, values, limit.expand_as(values))
     assert 0 < (values > limit).sum() < len(values)
     expected = torch.stack([v.mean() for v in kept.split(LENGTHS)]).mean()
-    for step in range(2):  # the second step clips the divergence, not what the first has clipped
-        loss = loss_of(distilled, rows, step)
-        assert_close(loss.value(), expected, rtol=1e-5, atol=1e-8)
+    for seed in (0, 1, 2, 0):  # each step clips the divergence, not what the one before has clipped
+        loss = loss_of(distilled, batch(seed))
+        assert_close(loss.value(), loss_of(objective(part, quantile=0.6, temperature=0.7), batch(seed)).value())
+    assert_close(loss.value(), expected, rtol=1e-5, atol=1e-8)
     for g, h in zip(grads(loss.value(), distilled), grads(expected, distilled), strict=True):
         assert_close(g, h, rtol=1e-4, atol=1e-7)
     assert distilled.couples == "batch" and objective().couples == "position"
@@ -217,6 +218,18 @@ def test_contrast_and_its_gradient_by_hand(margin):
     for g, h in zip(grads(term.total, distilled), grads((share * sign * log_q).sum(), distilled), strict=True):
         assert_close(g, h, rtol=1e-4, atol=1e-6)
     assert all(p.grad is None for p in misled.model.parameters())
+
+
+def test_a_misled_teacher_that_is_the_student_gets_no_gradient():
+    distilled, rows = objective(), batch()
+    misled = PrivilegedTeacher(LiveTeacher(distilled.student), after(8, 3))
+    found = token_logp_of(misled, rows, 0.7, None)
+    assert not found.requires_grad
+    assert_close(found, chosen(logp(distilled.student, after(8, 3)(rows), 0.7), rows).detach(), rtol=1e-5, atol=1e-6)
+    fixed = PrivilegedTeacher(LocalTeacher(model(0)), after(8, 3))
+    a, b = (grads(ContrastiveTerm(x)(seen_states(distilled, rows)).total, distilled) for x in (misled, fixed))
+    for g, h in zip(a, b, strict=True):
+        assert_close(g, h)
 
 
 def test_contrast_needs_live_teachers():

@@ -25,7 +25,6 @@ from potstill.teachers import PrivilegedTeacher
 Context = Callable[[TokenBatch], TokenBatch]
 
 
-@torch.no_grad()
 def context_logp(teacher: Any, contexts: Sequence[Context], batch: TokenBatch) -> Tensor:
     """log p of the batch's counted tokens in each context, at temperature 1; 0 elsewhere. [K, B, T], float32."""
     out = torch.zeros(len(contexts), *batch.counted_BT.shape, device=batch.tokens_BT.device)
@@ -154,6 +153,6 @@ class FeatureTerm(TokenTerm):
                 "FeatureTerm compares hidden states of one width, which this teacher does not give. Use the student's own "
                 "start or average as the teacher, or leave features out."
             )
-        square_ND = (promoted(states.hidden_ND) - promoted(states.signal.hidden_ND).detach()).square()
+        square_ND = (promoted(states.hidden_ND) - promoted(states.signal.hidden_ND)).square()
         distance_N = square_ND.mean(-1) if self.over == "mean" else square_ND.sum(-1)
         return Term((states.share_N * distance_N).sum(), states.count, self.coefficient, unit=states.unit)

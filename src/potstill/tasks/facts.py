@@ -42,7 +42,8 @@ def facts(people: int = 40, places: int = 20, wrong: float = 1 / 3, known: bool 
     errs = keyed.uniform(keyed.key(key, "errs"), torch.arange(people * ways)).tolist()
     elsewhere = _picks(keyed.key(key, "elsewhere"), people * ways, places - 1)
     third = _picks(keyed.key(key, "third"), people * ways, places - 2)
-    train, test = [], []
+    train: list[dict[str, str]] = []
+    test: list[dict[str, str]] = []
     for i in range(people):
         for w, question in enumerate(QUESTIONS):
             n, home = i * ways + w, homes[i]

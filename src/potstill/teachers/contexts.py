@@ -258,9 +258,10 @@ def induce(
     tokens = [prompt_tokens(question, model.tokenizer, None) for question in questions]
     tokens_BT, attention_BT = padded(tokens, pad_id(model.tokenizer), "left")
     prompts = PromptBatch(torch.arange(contexts), tokens_BT, attention_BT)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": keyed.key(seed, "induced")}
-    written = completions_of(sample(model, prompts, **options))
-    return [model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+    said = sample(
+        model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=keyed.key(seed, "induced")
+    )
+    return [model.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in completions_of(said)]
 
 
 def _enough(found: list[int], count: int) -> list[int]:
