@@ -100,7 +100,7 @@ def _lessons(teacher: int, pairs: list[tuple[int, int]], count: int, seed: int) 
         last = [f"{said(x, y, u[4 + k] >= SLIP)}c{sure[k]}" for k in range(2)]
         row_ = {**row(a, b, said(x, y)), "debate": transcript + _round(2, last)}
         rows.append({**row_, "prompt": WORDS.scoring(row_, teacher)})
-    settings = {"causal_lm": {"steps": 1600, "batch": 48, "lr": 3e-3, "schedule": "cosine", "warmup": 50, "clip": 1.0}}
+    settings = {"causal_lm": {"steps": 700, "batch": 48, "lr": 3e-3, "schedule": "cosine", "warmup": 50, "clip": 1.0}}
     return Source(f"debate-{'ab'[teacher]}", "prompts", rows, rows[:1], teacher=settings, grade=grade)
 
 
