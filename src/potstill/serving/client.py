@@ -322,11 +322,12 @@ class Client:
                 )
             own.append(found[token])
             if k:
-                if len(found) == k + 1:  # the token itself is none of the k likeliest: it stands beside them
-                    del found[token]
+                given = len(found)
+                if given == k + 1 and found[token] == min(found.values()):
+                    del found[token]  # it is none of the k likeliest, and stands beside them
                 if len(found) != k:
                     raise self._false(
-                        f"sent the {len(found)} likeliest tokens at place {place} of a row, not the {k} asked for"
+                        f"sent the {given} likeliest tokens at place {place} of a row, not the {k} asked for"
                     )
                 best = sorted(found, key=lambda i: (-found[i], i))
                 if sum(map(math.exp, found.values())) > 1 + SLACK:

@@ -1,8 +1,11 @@
 """A teacher that is asked over HTTP: the log-probs of the tokens, and of its k likeliest, from a server's prompt log-probs.
 
 Any server that speaks vLLM's `/v1/completions` (vLLM, `potstill serve`). What it gives is at temperature 1, for that is
-what such servers compute of a prompt. N counted positions, K the k likeliest tokens.
+what such servers compute of a prompt. Where k is the whole vocabulary, it gives logits like any other teacher.
+N counted positions, K the k likeliest tokens, V vocabulary.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -10,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from potstill.contracts.batch import Batch, TokenBatch
 from potstill.contracts.errors import DataError, ModelError, SignalError
-from potstill.contracts.signals import Signal, TokenLogp, TopKLogp
+from potstill.contracts.signals import FullLogits, Signal, TokenLogp, TopKLogp
 from potstill.models.spec import ServedSpec
 from potstill.serving.client import Client, ServerError
 
@@ -24,12 +27,14 @@ class ServedTeacher:
     url, served: where it is and how it is asked. tokenizer: the student's, which must be the server's too.
     """
 
-    gives: frozenset[type[Signal]] = frozenset({TokenLogp, TopKLogp})
     temperature = 1.0
 
     def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase, served: ServedSpec = ServedSpec()) -> None:
         self.tokenizer, self.vocabulary = tokenizer, len(tokenizer)
         self.k = min(served.k, self.vocabulary)
+        self.gives: frozenset[type[Signal]] = frozenset({TokenLogp, TopKLogp})
+        if self.k == self.vocabulary:
+            self.gives |= {FullLogits}
         options = served.model_dump(exclude={"k"})
         self.client = Client(url, **options)
         self.name = f"{self.client.model} at {self.client.url}"
@@ -53,7 +58,11 @@ class ServedTeacher:
         both = ("served", id(self), self.k)
         if need is TokenLogp and both not in batch.memo:
             return batch.remember(("served", id(self), 0), lambda: self._ask(batch, 0))[0]
-        return batch.remember(both, lambda: self._ask(batch, self.k))[need is TopKLogp]
+        own, top = batch.remember(both, lambda: self._ask(batch, self.k))
+        if need is FullLogits:
+            empty = top.logp_NK.new_full((len(top.logp_NK), self.vocabulary), -math.inf)
+            return FullLogits(empty.scatter(1, top.indices_NK, top.logp_NK))
+        return own if need is TokenLogp else top
 
     def _ask(self, batch: TokenBatch, k: int) -> tuple[TokenLogp, TopKLogp]:
         rows, wanted = [], []
