@@ -350,7 +350,7 @@ def test_bfloat16(divergence):
 
 def test_a_processor_that_is_slow_in_low_precision_multiplies_tiles(monkeypatch):
     case = Case(torch.bfloat16)
-    monkeypatch.setattr(module, "_fast_in_low", lambda: False)
+    monkeypatch.setattr(module, "fast_in_low", lambda: False)
     monkeypatch.setattr(module, "TILE", 4 * DS)
     tiles = case.fused(JensenShannon())
     assert_close(tiles.total, Case(torch.bfloat16).fused(JensenShannon()).total, rtol=1e-3, atol=1e-3)
@@ -360,7 +360,7 @@ def test_a_processor_that_is_slow_in_low_precision_multiplies_tiles(monkeypatch)
 
 def test_many_chunks_do_not_stall_in_low_precision(monkeypatch):
     """600 equal positions, one a chunk, multiplied in bfloat16: added up in bfloat16 they would stop growing at 256."""
-    monkeypatch.setattr(module, "_fast_in_low", lambda: True)
+    monkeypatch.setattr(module, "fast_in_low", lambda: True)
     case = Case(torch.bfloat16)
     hidden, theirs, table = case.hidden[:1].detach(), case.teacher.hidden_ND[:1], case.teacher.head_VD
     many = HiddenAndHead(theirs.expand(600, -1), table)
@@ -447,7 +447,7 @@ def test_autocast_leaves_it_exact():
     with torch.autocast("cpu", torch.bfloat16):
         out = case.fused(ForwardKL())
     assert out.values.dtype == torch.float32
-    tolerance = {"rtol": 0.05, "atol": 0.05} if module._fast_in_low() else {}
+    tolerance = {"rtol": 0.05, "atol": 0.05} if module.fast_in_low() else {}
     assert_close(out.total, case.fused(ForwardKL()).total, **tolerance)
     assert all(g.dtype == torch.float32 for g in gradients(out.total, case.leaves))
 

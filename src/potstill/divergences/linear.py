@@ -10,16 +10,27 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from potstill.contracts.errors import ModelError, RecipeError, SignalError
+from potstill.contracts.errors import ModelError, RecipeError
 from potstill.contracts.signals import FullLogits, HiddenAndHead, Signal, TopKLogp
 from potstill.divergences.estimators import Estimator, Exact
 from potstill.divergences.family import FDivergence, entropy, promoted
+from potstill.divergences.operands import (
+    autocast,
+    bend_of,
+    check_width,
+    direct,
+    fast_in_low,
+    flat_teacher,
+    gathered,
+    per_position,
+    vocabulary_of,
+)
 from potstill.divergences.supports import Full, Support, TopK, log_mass, log_probs, tail_logp
 
 CHUNK_BYTES = 160 * 10**6  # of one buffer of logits; two are held
@@ -107,7 +118,7 @@ def linear_divergence(
     differentiating twice. Computed in float32 or better, also under autocast; bfloat16 heads are multiplied in float32
     where the processor is slower in bfloat16. Sharded heads (DTensor) are gathered once.
     """
-    hidden, head, bias = (_gathered(x) for x in (student_hidden, student_head, student_bias))
+    hidden, head, bias = (gathered(x) for x in (student_hidden, student_head, student_bias))
     assert hidden is not None and head is not None
     places = hidden.shape[:-1]
     part = Exact(divergence, support) if isinstance(divergence, FDivergence) else divergence
@@ -115,23 +126,23 @@ def linear_divergence(
         raise RecipeError("An estimator has its own support: give `support` to Exact, not to linear_divergence.")
     if not temperature > 0.0:
         raise RecipeError(f"temperature must be positive, got {temperature}.")
-    _check_width("student", hidden, head, bias)
-    flat = _flat_teacher(teacher, places)
-    size = _vocabulary(vocabulary, head, flat)
+    check_width("student", hidden, head, bias)
+    flat = flat_teacher(teacher, places)
+    size = vocabulary_of(vocabulary, head, flat)
     whole = size == len(head)
-    own = _autocast(
+    own = autocast(
         hidden.flatten(0, -2), head if whole else head[:size], bias if whole or bias is None else bias[:size]
     )
-    given = [_per_position(name, x, places) for name, x in (("tokens", tokens), ("sampled_logp", sampled_logp))]
+    given = [per_position(name, x, places) for name, x in (("tokens", tokens), ("sampled_logp", sampled_logp))]
     weigh = weights if callable(weights) else None
-    weights_N = None if weights is None or weigh else _per_position("weights", cast(Tensor, weights), places)
+    weights_N = None if weights is None or weigh else per_position("weights", cast(Tensor, weights), places)
     if differentiable_values and weigh:
         raise RecipeError(
             "differentiable_values makes the products again in the backward pass, with the weights that autograd finds; "
             "a function of the row cannot be one of them. Multiply the values by your weights yourself."
         )
     kept_only = isinstance(flat, TopKLogp) and isinstance(part, Exact) and _tail(part.support) == "renormalize"
-    rows = _Rows(part, temperature, (student_scale, student_softcap), _bend(flat), weigh, tuple(also), kept_only)
+    rows = _Rows(part, temperature, (student_scale, student_softcap), bend_of(flat), weigh, tuple(also), kept_only)
     engine = _Engine(rows, flat, given[0], given[1], size, chunk, compiled, torch.is_grad_enabled())
     if differentiable_values:
         out = cast(tuple[Tensor | None, ...], _Again.apply(*own, engine, weights_N))
@@ -139,7 +150,7 @@ def linear_divergence(
         w = torch.ones_like(value) if weights_N is None else weights_N.to(value.dtype)
         total, count = (w * value).sum(), w.sum()
     else:
-        into = _direct(head, cast(Tensor, own[1]), grad_scale)
+        into = direct(head, cast(Tensor, own[1]), grad_scale)
         total, count, *out = cast(Any, _Once.apply(*own, engine, weights_N, into))
     shaped = [None if x is None else x.unflatten(0, places) if len(places) != 1 else x for x in out]
     return LinearDivergence(total, count.detach(), cast(Tensor, shaped[0]), *shaped[1:])
@@ -373,7 +384,7 @@ class _Product:
 
     def __init__(self, head_VD: Tensor, bias_V: Tensor | None) -> None:
         self.head, self.bias = head_VD, bias_V
-        slow = head_VD.device.type == "cpu" and head_VD.dtype in (torch.bfloat16, torch.float16) and not _fast_in_low()
+        slow = head_VD.device.type == "cpu" and head_VD.dtype in (torch.bfloat16, torch.float16) and not fast_in_low()
         self.dtype = torch.float32 if slow else head_VD.dtype
         tile = max(1, TILE // head_VD.shape[1]) if slow else len(head_VD)
         self.tiles = list(_blocks(len(head_VD), tile))
@@ -526,115 +537,3 @@ def _blocks(total: int, size: int) -> Iterator[slice]:
 
 def _tail(support: Support) -> str:
     return support.tail if isinstance(support, TopK) else "bucket"
-
-
-def _gathered(tensor: Tensor | None) -> Tensor | None:
-    """A sharded tensor whole; its gradient goes back to the shards."""
-    if tensor is None or not hasattr(tensor, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import Partial
-
-    whole = cast(Any, tensor)
-    return cast(Tensor, whole.full_tensor(grad_placements=[Partial()] * whole.device_mesh.ndim))
-
-
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What autocast would have made of the operands of a matrix product."""
-    device = cast(Tensor, tensors[0]).device.type
-    if not torch.is_autocast_enabled(device) or (device == "cpu" and not _fast_in_low()):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [None if x is None else x.to(dtype) for x in tensors]
-
-
-def _check_width(who: str, hidden: Tensor, head: Tensor, bias: Tensor | None) -> None:
-    if head.dim() != 2 or hidden.shape[-1] != head.shape[1]:
-        raise ModelError(
-            f"linear_divergence: the {who}'s hidden states {list(hidden.shape)} do not fit its head {list(head.shape)}. "
-            "Give hidden states [*P, D] and a head [V, D], as nn.Linear.weight is."
-        )
-    if bias is not None and bias.shape != head.shape[:1]:
-        raise ModelError(
-            f"linear_divergence: the {who}'s bias {list(bias.shape)} does not fit its head {list(head.shape)}. "
-            "Give one number an outcome."
-        )
-
-
-def _flat_teacher(teacher: Signal, places: torch.Size) -> Signal:
-    """The teacher's signal, detached, with one axis of positions."""
-    first: Tensor
-    if isinstance(teacher, HiddenAndHead):
-        hidden, head, bias = (_gathered(x) for x in (teacher.hidden_ND, teacher.head_VD, teacher.bias_V))
-        assert hidden is not None and head is not None
-        _check_width("teacher", hidden, head, bias)
-        first, hidden = hidden, hidden.detach().flatten(0, -2)
-        hidden, head, bias = cast(Any, _autocast(hidden, head.detach(), None if bias is None else bias.detach()))
-        flat: Signal = HiddenAndHead(hidden, head, bias, teacher.scale, teacher.softcap)
-    elif isinstance(teacher, FullLogits):
-        first, flat = teacher.logits, FullLogits(teacher.logits.detach().flatten(0, -2))
-    elif isinstance(teacher, TopKLogp):
-        first = teacher.logp_NK
-        if teacher.indices_NK.shape != first.shape:
-            raise ModelError(
-                f"linear_divergence: the teacher's top-k log-probabilities {list(first.shape)} and their indices "
-                f"{list(teacher.indices_NK.shape)} differ in shape."
-            )
-        flat = TopKLogp(first.detach().flatten(0, -2), teacher.indices_NK.flatten(0, -2))
-    else:
-        raise SignalError(
-            f"linear_divergence needs HiddenAndHead, FullLogits or TopKLogp of the teacher, got {type(teacher).__name__}."
-        )
-    if first.shape[:-1] != places:
-        raise ModelError(
-            f"linear_divergence: the student has positions {list(places)}, the teacher {list(first.shape[:-1])}. "
-            "Bring both to the same positions first."
-        )
-    return flat
-
-
-def _vocabulary(asked: int | None, head_VD: Tensor, teacher: Signal) -> int:
-    """How many outcomes exist, checked against both."""
-    own = len(head_VD)
-    theirs = own
-    if isinstance(teacher, HiddenAndHead):
-        theirs = len(teacher.head_VD)
-    elif isinstance(teacher, FullLogits):
-        theirs = teacher.logits.shape[-1]
-    if asked is None and own != theirs:
-        raise ModelError(
-            f"linear_divergence: the student's head has {own} rows, the teacher's {theirs}. If one is padded, say how many "
-            "tokens exist with vocabulary=len(tokenizer); with different tokenizers, compare aligned spans."
-        )
-    if asked is not None and not 1 <= asked <= min(own, theirs):
-        raise ModelError(
-            f"linear_divergence: vocabulary {asked} does not lie between 1 and the heads' {min(own, theirs)} rows."
-        )
-    return own if asked is None else asked
-
-
-def _per_position(name: str, tensor: Tensor | None, places: torch.Size) -> Tensor | None:
-    if tensor is None:
-        return None
-    if tensor.shape != places:
-        raise ModelError(
-            f"linear_divergence: {name} has shape {list(tensor.shape)}, but the positions are {list(places)}. "
-            "Give one a position."
-        )
-    return tensor.detach().flatten()
-
-
-def _bend(teacher: Signal) -> tuple[float, float | None]:
-    return (teacher.scale, teacher.softcap) if isinstance(teacher, HiddenAndHead) else (1.0, None)
-
-
-def _direct(head: Tensor, used: Tensor, grad_scale: float | None) -> tuple[Tensor, float] | None:
-    """Where the head's gradient may go at once: a leaf that holds one already, multiplied in its own type."""
-    if grad_scale is None or not head.is_leaf or head.grad is None or used.dtype != head.dtype:
-        return None
-    return head.grad[: len(used)], grad_scale
-
-
-@cache
-def _fast_in_low() -> bool:
-    """Whether this processor has matrix units for bfloat16; vector instructions alone are slower than float32."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
