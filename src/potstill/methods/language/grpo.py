@@ -93,9 +93,8 @@ def grpo(run: Run, config: GRPO) -> Result:
         **options,
     )
     run.fit(objective, run.prompts(), stage="grpo")
-    sampled = {
-        "sampled_accuracy": run.stage("sampled", accuracy, run, student, config.rollouts, config.samples),
-        "before_sampled_accuracy": run.stage("sampled-before", accuracy, run, before, config.rollouts, config.samples),
-    }
+    after = run.stage("sampled", accuracy, run, student, config.rollouts, config.samples)
+    start = run.stage("sampled-before", accuracy, run, before, config.rollouts, config.samples)
     result = compared(run, before=before, teacher=before)
+    sampled = {"sampled_accuracy": after, "before_sampled_accuracy": start, "sampled_gain": after - start}
     return Result(result.student, {**result.metrics, **sampled})

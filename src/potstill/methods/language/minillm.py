@@ -68,13 +68,12 @@ class SequenceReverseKL(PolicyGradient):
         self, *parts: Any, variant: str, teacher_mixed: float, single_step: bool, length_norm: bool,
         pretraining: float = 0.0, text: Any | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        self.variant, self.teacher_mixed, self.single_step, self.length_norm = (
-            variant, teacher_mixed, single_step, length_norm,
-        )  # fmt: skip
         exact = DivergenceTerm(
             temperature=options.get("temperature", 1.0), weights="importance_BT" if variant == "paper" else None
         )
         super().__init__(*parts, task_coefficient=0.0, extras=(exact,) if single_step else (), **options)
+        self.variant, self.teacher_mixed = variant, teacher_mixed
+        self.single_step, self.length_norm = single_step, length_norm
         if self.rollouts is None:
             raise RecipeError("MiniLLM continues prompts: give rollouts.")
         if pretraining and text is None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
+from torch.nn.functional import pad
 
 from potstill.contracts import keyed
 from potstill.contracts.batch import Batch, PromptBatch, TokenBatch
@@ -61,7 +62,7 @@ class SOD(MethodConfig):
 class SteppedGradient(PolicyGradient):
     """The fused surrogate, with d_k and w_k of each step among its metrics."""
 
-    shown = 16
+    shown = 16  # steps, whether a batch reaches them or not
 
     def loss(self, player: str, batch: Batch, step: int) -> Loss:
         loss = super().loss(player, batch, step)
@@ -69,11 +70,9 @@ class SteppedGradient(PolicyGradient):
         metrics = dict(loss.metrics)
         for letter, key in (("d", "log_ratio_BT"), ("w", "weight_BT")):
             if key in batch.extra:
-                mean_BK, there_BK = step_means(batch.extra[key].abs(), batch.extra["segment_BT"], batch.counted_BT)
-                columns = zip(mean_BK.unbind(1), there_BK.unbind(1))
-                metrics |= {
-                    f"{letter}_{k + 1}": Term.over(x, there) for k, (x, there) in zip(range(self.shown), columns)
-                }
+                found = step_means(batch.extra[key].abs(), batch.extra["segment_BT"], batch.counted_BT)
+                mean_BK, there_BK = (pad(x, (0, self.shown))[:, : self.shown] for x in found)
+                metrics |= {f"{letter}_{k + 1}": Term.over(mean_BK[:, k], there_BK[:, k]) for k in range(self.shown)}
         return Loss(loss.terms, metrics, loss.positions)
 
 
@@ -107,10 +106,11 @@ def sod(run: Run, config: SOD) -> Result:
         seed=run.seed,
         rollout=rollout,
         group=config.samples,
-        **config.model_dump(include=SHARED - {"weighting", "clip"}),
         weighting=config.weighting,
         clip=config.clip,
+        **config.model_dump(include=SHARED),
     )
+    objective.shown = min(SteppedGradient.shown, config.max_turns)
     run.fit(objective, run.prompts())
     models = {"teacher": run.model("teacher"), "student before": before, "student after": student}
 
@@ -132,8 +132,7 @@ def sod(run: Run, config: SOD) -> Result:
 
 COLUMNS = ("success", "finished", "errors", "turns", "trajectory_kl")
 SHARED = {
-    "weighting", "task_coefficient", "teacher_coefficient", "temperature", "clip", "average", "updates_per_rollout",
-    "minibatches",
+    "task_coefficient", "teacher_coefficient", "temperature", "average", "updates_per_rollout", "minibatches",
 }  # fmt: skip
 
 
