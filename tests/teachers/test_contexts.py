@@ -53,6 +53,8 @@ def test_a_demonstration_is_the_rows_own_solution():
         DataError, match=r"rows with a prompt and a completion or an answer, and this one is \['prompt'\]"
     ):
         Demonstration(SHORT)({"prompt": "p"})
+    with pytest.raises(DataError, match=r"this one is \['completion'\]"):
+        solution({"completion": "c"})
     with pytest.raises(DataError, match="this one is str"):
         Demonstration(SHORT)("text")
 
@@ -129,9 +131,9 @@ def test_a_negative_context_is_a_plausible_wrong_answer():
     assert negative(row("home of bob", "y", wrong="q")) == "home of bob=q | home of bob"
     assert negative(POOL[4]) == "find ann=x | find ann"
     assert negative(POOL[2]) == "home of ann=w | home of ann" or negative(POOL[2]) == "home of ann=y | home of ann"
-    assert negative(row("where is ann", "w", answer="x")) in {
-        "where is ann=y | where is ann",
-        "where is ann=z | where is ann",
+    assert negative(row("find ann", "w", answer="x")) in {
+        "find ann=y | find ann",
+        "find ann=z | find ann",
     }
     same = [row("a b", "x"), row("a c", "x")]
     with pytest.raises(DataError, match="No wrong answer for 'a b'.*Give the rows a field wrong"):
