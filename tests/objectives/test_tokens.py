@@ -431,3 +431,26 @@ def test_rewards_may_be_there_for_the_weighting_alone():
     asked.extra["rows"] = ["x", "y"]
     loss = made.loss("student", made.collect(asked, 0), 0)
     assert set(loss.terms) == {"divergence"} and loss.metrics["reward"].mean() == 1.0
+
+
+def test_the_log_ratio_is_the_teachers_over_the_students_whatever_it_tells():
+    rows, found = batch(), []
+    for teacher in (LocalTeacher(model(1)), Telling(model(1), TokenLogp)):
+        made = TokenDistillation(model(0), teacher, SampledReverseKL(), optimizer=OptimizerSpec(), seed=0)
+        states = made._states(rows)
+        made._divergence(states, 0)
+        found.append(states.seen["log_ratio"])
+    log_p, log_q = by_hand(made, rows)
+    expected = (log_p - log_q).gather(-1, rows.tokens_counted[:, None])[:, 0].detach()
+    assert_close(found, [expected, expected])
+
+
+def test_advantages_have_their_weight_and_the_objectives_average():
+    rows = batch()
+    rows.extra["advantage"] = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    made = objective(SampledReverseKL(), average="sequence", advantage=0.3)
+    _, log_q = by_hand(made, rows)
+    chosen = log_q.gather(-1, rows.tokens_counted[:, None])[:, 0]
+    means = torch.stack([part.mean() for part in chosen.split(rows.counted_BT.sum(1).tolist())])
+    expected = -0.3 * (rows.extra["advantage"] * means).mean()
+    assert_close(made.loss("student", rows, 0).terms["reward"].mean(), expected)
