@@ -265,6 +265,8 @@ def test_advantages_add_up_and_weights_are_of_the_teacher_alone():
         assert_close(collected.extra["advantage_BT"][:, 1:], expected, rtol=1e-6, atol=1e-6)
         assert not collected.extra["advantage_BT"].requires_grad
         assert (collected.extra["advantage_BT"][:, 0] == 0).all()
+        said = objective.loss("student", collected, step).metrics["sampled_reverse_kl"].mean()
+        assert said.item() == pytest.approx(-log_ratio.mean().item())
 
 
 def test_a_weighting_sees_segments_rewards_groups_noise_and_whole_rows():
@@ -491,6 +493,9 @@ def test_mini_batches_cut_a_rollout_and_use_every_row_equally_often():
     assert [len(r) for r in rows] == [5, 4] * 4
     first, third = (objective.collect(Asked().batch(torch.arange(3)), step) for step in (8, 10))
     assert torch.equal(first.tokens_BT, third.tokens_BT) and torch.equal(first.sampled_logp_BT, third.sampled_logp_BT)
+    later = objective.collect(Asked().batch(torch.arange(3)), 12)
+    assert later.tokens_BT.shape != first.tokens_BT.shape or not torch.equal(later.tokens_BT, first.tokens_BT)
+    assert (later.extra["version_B"] == 12).all()
 
 
 def test_rows_of_an_old_student_do_not_count():

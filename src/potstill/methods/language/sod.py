@@ -55,6 +55,7 @@ class SOD(MethodConfig):
     minibatches: int = Field(4, ge=1)
     warm_start: int = Field(0, ge=0)
     warm_start_lr: float | None = Field(None, gt=0)
+    warm_start_batch: int | None = Field(None, gt=0)
     warm_rows: int | None = Field(None, ge=1)  # transcripts of the cold start; None: all
     evaluations: int = Field(4, ge=1)  # episodes of each held-out task; the paper has 32
 
@@ -87,7 +88,8 @@ def sod(run: Run, config: SOD) -> Result:
             student, None, cross_entropy=1.0, optimizer=run.train.optimizer_spec(lr=lr), seed=run.seed
         )
         rows = transcripts(run.source.train[: config.warm_rows], make, run.context["tokenizer"], run.plan.data.length)
-        run.fit(imitation, rows, stage="warm start", steps=config.warm_start, lr=lr)
+        batch = config.warm_start_batch or run.train.batch
+        run.fit(imitation, rows, stage="warm start", steps=config.warm_start, lr=lr, batch=batch)
     before = start_of(student)
     playing: dict[str, Any] = {
         "max_turns": config.max_turns, "max_new_tokens": config.max_new_tokens, "length": run.plan.data.length,
