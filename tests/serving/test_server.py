@@ -107,6 +107,19 @@ def test_echo_and_no_new_token(served):
     assert both["choices"][0]["text"].startswith("wash") and len(both["choices"][0]["text"]) > 4
 
 
+def test_each_is_given_as_many_as_it_asked_for(served):
+    """The prompt's and the new tokens' log-probs of one request, and requests of one batch, may differ in number."""
+    asked = {"prompt": "wash", "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+    choice = ask(served, echo=True, logprobs=1, prompt_logprobs=4, **asked)["choices"][0]
+    assert {len(entry) for entry in choice["prompt_logprobs"][1:]} <= {4, 5}
+    assert {len(entry) for entry in choice["logprobs"]["top_logprobs"][1:]} <= {1, 2}
+    with serving(served.model, wait=0.3) as slow, ThreadPoolExecutor(2) as pool:
+        counts = list(
+            pool.map(lambda k: ask(slow, logprobs=k, **asked)["choices"][0]["logprobs"]["top_logprobs"], (0, 3))
+        )
+    assert [[len(entry) for entry in found] for found in counts] == [[1, 1], [3, 3]]
+
+
 def test_greedy_is_the_likeliest_and_logprobs_are_of_the_new_tokens(served):
     ids = ids_of(served, "the heart")
     answer = ask(served, prompt=ids, max_tokens=6, temperature=0, logprobs=1, return_token_ids=True, ignore_eos=True)
@@ -201,7 +214,9 @@ def test_rows_that_end_early_leave_the_others_alone(served):
     prompts = ["the heart", "q", "a pot still boils", "wash", "low wines"]
     ends = list(range(0, served.model.vocabulary, 6))
     asked = {"temperature": 1.5, "seed": 4, "stop_token_ids": ends, "max_tokens": 20, "return_token_ids": True}
+    before = served.engine.batches
     together = ask(served, prompt=prompts, **asked)["choices"]
+    assert served.engine.batches == before + 1, "they were one batch, and it did not fail"
     lengths = {len(choice["token_ids"]) for choice in together}
     assert len(lengths) > 2, "choose another seed: the rows are of like length"
     for i, (prompt, choice) in enumerate(zip(prompts, together)):
@@ -344,6 +359,30 @@ def test_an_error_of_the_model_is_the_requests_not_the_servers(served):
     finally:
         del served.model.head
     assert served.model.head == head and ask(served, prompt="a")["choices"]
+
+
+def test_a_batch_that_fails_is_tried_one_by_one(served):
+    head, long = served.model.head, ids_of(served, "far too long for this")
+
+    def narrow(hidden):
+        if len(hidden) == len(long) - 1:
+            raise MemoryError("no room")
+        return head(hidden)
+
+    served.model.head = narrow
+    try:
+        with ThreadPoolExecutor(2) as pool, served.engine.busy:
+            body = {"max_tokens": 1, "prompt_logprobs": 0}
+            post = lambda prompt: httpx.post(f"{served.url}/completions", json=body | {"prompt": prompt}, timeout=30)
+            waiting = [
+                pool.submit(post, prompt) for prompt in ("first", long, "short")
+            ]  # the last two at once, or nearly
+            time.sleep(0.3)
+        answers = [future.result() for future in waiting]
+    finally:
+        del served.model.head
+    assert [answer.status_code for answer in answers] == [200, 500, 200]
+    assert answers[1].json()["error"]["message"] == "MemoryError: no room"
 
 
 def test_too_many_wait(served, monkeypatch):
