@@ -110,7 +110,8 @@ def test_chance_is_keyed_by_the_row():
     assert rank(pool[3], 29) == ByChance(pool, seed=1)(pool[3], 29)
     assert rank(pool[3], 5) == rank(pool[3], 29)[:5]
     assert sorted(rank(pool[3], 29)) == [i for i in range(30) if i != 3]
-    assert rank(pool[3], 5) != rank(pool[4], 5)
+    others = lambda i, j: [n for n in rank(pool[i], 29) if n != j]
+    assert others(3, 4) != others(4, 3)
     assert rank(pool[3], 5) != ByChance(pool, seed=2)(pool[3], 5)
 
 
@@ -158,6 +159,10 @@ def test_dropout_takes_all_or_a_run_of_words():
     seen = {cut(long, str(i)).removesuffix(" | one two three four") for i in range(100)}
     words = ["one", "two", "three", "four=five", "six", "seven"]
     assert seen == {" ".join(words[:i] + words[i + 3 :]) for i in range(4)}
+    rare = ContextDropout(of=inner, rate=0.3, drop="span", share=0.5)
+    assert seen | {" ".join(words)} == {rare(long, str(i)).removesuffix(" | one two three four") for i in range(100)}, (
+        "the place is not the coin's"
+    )
     for options in ({"rate": 1.1}, {"share": 0.0}, {"drop": "some"}):
         with pytest.raises(RecipeError, match="ContextDropout takes a rate"):
             ContextDropout(of=inner, **options)
