@@ -13,7 +13,7 @@ from potstill.contracts.batch import ImageBatch, TokenBatch
 from potstill.contracts.errors import ModelError, RecipeError
 from potstill.contracts.players import OptimizerSpec
 from potstill.divergences import ForwardKL, JensenShannon
-from potstill.methods.language.sinkd import Classifiers, LanguageModels, SinkhornKD, SinKD, temperature_at
+from potstill.methods.language.sinkd import Classifiers, LanguageModels, SinKD, SinkhornKD, temperature_at
 from potstill.models.causal import CausalLM
 from potstill.models.tokenizers import character_tokenizer
 from potstill.objectives.logits import KD, LogitDistillation
