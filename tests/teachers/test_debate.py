@@ -146,7 +146,7 @@ def test_replies_are_keyed_whatever_the_batch():
 
 def test_what_does_not_fit_is_not_read():
     speaker = LocalSpeaker(model(0), 4, {"max_new_tokens": 3})
-    said = speaker(["abc", "abcde", "ab"], torch.arange(3), 0)
+    said = speaker(["abcd", "abcde", "ab"], torch.arange(3), 0)
     assert said[1] == "" and said[0] and said[2]
     assert speaker(["abcdef"], torch.arange(1), 0) == [""]
 
