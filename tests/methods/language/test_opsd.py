@@ -100,7 +100,6 @@ def test_real_architectures_learn_from_themselves(tmp_path, tiny_lm, config):
         {"teacher_weights": "ema"},
         {"teacher_weights": "live"},
         {"reason_first": 4},
-        {"warm_start": 2},
         {"estimator": "sampled", "temperature": 1.0, "rollouts": {"max_new_tokens": 6}},
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""What methods with a grader share: a student that has learned something before, and how often a model is right."""
+"""What methods with a grader share: a student that has learnt something before, and how often a model is right."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,9 +8,12 @@ from torch import Tensor
 
 from potstill.contracts import keyed
 from potstill.contracts.errors import RecipeError
+from potstill.models.build import is_packaged
+from potstill.models.spec import ModelSpec
 from potstill.objectives.tokens import RolloutSpec, TokenDistillation
 from potstill.rollouts.local import completions_of, sample
-from potstill.run import Run
+from potstill.run import Run, trained
+from potstill.tasks.sources import load, validate
 from potstill.tasks.tokens import token_rows
 
 Grade = Callable[[Mapping[str, Any], str], float]
@@ -25,6 +28,20 @@ def warm_start(run: Run, student: Any, steps: int, lr: float | None = None, fiel
         student, None, cross_entropy=1.0, optimizer=run.train.optimizer_spec(lr=lr), seed=run.seed
     )
     run.fit(objective, run.tokens() if field is None else _rows_of(run, field), stage="warm start", steps=steps, lr=lr)
+
+
+def begun(run: Run, known: dict[str, Any] | str | None) -> Any:
+    """The student; a packaged one has the weights of the same network trained on other data (`known`, a data section),
+    which stands for what a pretrained model knows. That training is done once, and cached."""
+    student, spec = run.student(), run.spec("student")
+    assert isinstance(spec, ModelSpec)
+    if known is not None and is_packaged("causal_lm", spec):
+        if spec.lora is not None:
+            raise RecipeError("student.lora: a packaged student is small enough to train whole. Leave lora out.")
+        data = validate(known)
+        base = trained("causal_lm", spec, load(data), run.context, data, run.seed, run.train.device, "student")
+        student.network.load_state_dict(base.network.state_dict())
+    return student
 
 
 def _rows_of(run: Run, field: str) -> Any:

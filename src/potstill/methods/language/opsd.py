@@ -26,11 +26,11 @@ from potstill.contracts.spec import MethodConfig, Part
 from potstill.divergences import Clipped, Estimator, Exact, FDivergence, ForwardKL, Full, SampledReverseKL, TopK
 from potstill.methods import method
 from potstill.methods.language.comparison import compared, start_of
-from potstill.methods.language.graded import accuracy
+from potstill.methods.language.graded import accuracy, begun
 from potstill.methods.language.writing import written
 from potstill.objectives.tokens import RolloutSpec, TokenDistillation
 from potstill.run import Result, Run
-from potstill.tasks.tokens import Completions, Prompts, TokenRows, pad_id
+from potstill.tasks.tokens import Prompts
 from potstill.teachers import EMATeacher, FrozenStart, LiveTeacher, LocalTeacher, PrivilegedTeacher
 from potstill.teachers.privileged import PrivilegedContext, Solution
 
@@ -50,8 +50,7 @@ class OPSD(MethodConfig):
     temperature: float = Field(1.1, gt=0)  # of both models where they are compared
     average: Literal["token", "sequence"] = "token"
     samples: int = Field(4, ge=1)  # of each held-out prompt, for the accuracy at the rollouts' temperature
-    warm_start: int = Field(0, ge=0)  # steps of next-token prediction before, on the data and on solutions in context
-    warm_start_lr: float | None = Field(None, gt=0)
+    known: dict[str, Any] | str | None = None  # a data section that a packaged student has learnt before
 
     def part(self) -> Estimator:
         if self.estimator == "sampled":
@@ -64,14 +63,7 @@ class OPSD(MethodConfig):
 
 @method("opsd", student="causal_lm", data=("prompts", "chat"))
 def opsd(run: Run, config: OPSD) -> Result:
-    student = run.student()
-    optimizer = run.train.optimizer_spec()
-    if config.warm_start:
-        lr = config.warm_start_lr or run.train.lr
-        text = TokenDistillation(
-            student, None, cross_entropy=1.0, optimizer=optimizer.model_copy(update={"lr": lr}), seed=run.seed
-        )
-        run.fit(text, _both_contexts(run, config), stage="warm start", steps=config.warm_start, lr=lr)
+    student = begun(run, config.known)
     before = start_of(student)
     teacher: LocalTeacher = {
         "initial": lambda: FrozenStart(student),
@@ -94,7 +86,7 @@ def opsd(run: Run, config: OPSD) -> Result:
         student,
         PrivilegedTeacher(teacher, context),
         config.part(),
-        optimizer=optimizer,
+        optimizer=run.train.optimizer_spec(),
         seed=run.seed,
         rollouts=config.rollouts,
         temperature=config.temperature,
@@ -109,12 +101,3 @@ def opsd(run: Run, config: OPSD) -> Result:
         name: run.stage(name, accuracy, run, model, config.rollouts, config.samples) for name, model in models.items()
     }
     return Result(result.student, {**result.metrics, **rates})
-
-
-def _both_contexts(run: Run, config: OPSD) -> TokenRows:
-    """The data's prompts with its completions, and the teacher's prompts with the solutions: what pretraining is for a
-    small model, which must have learnt to use what stands in its context."""
-    rows, tokenizer = run.source.train, run.context["tokenizer"]
-    plain = Completions(rows, tokenizer, run.plan.data.length)
-    seen = [{"prompt": config.solution(row, ""), "completion": row[config.solution.field]} for row in rows]
-    return TokenRows([*plain.rows, *Completions(seen, tokenizer, run.plan.data.length).rows], pad_id(tokenizer))

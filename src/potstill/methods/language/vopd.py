@@ -30,6 +30,7 @@ from potstill.contracts.spec import MethodConfig
 from potstill.divergences import Estimator, Exact, ReverseKL, SampledReverseKL, TopK
 from potstill.methods import method
 from potstill.methods.language.comparison import compared, start_of
+from potstill.methods.language.graded import warm_start
 from potstill.objectives.tokens import RolloutSpec, TokenDistillation
 from potstill.run import Result, Run
 from potstill.training.checkpoint import checkpoints
@@ -64,23 +65,13 @@ def vopd(run: Run, config: VOPD) -> Result:
     if config.task_reward and run.source.grade is None:
         raise RecipeError(f"method.task_reward: {run.source.name} has no score of its own. Set it to false.")
     student, teacher = run.student(), run.teacher()
-    optimizer = run.train.optimizer_spec()
-    if config.warm_start:
-        changes = {"steps": config.warm_start, "lr": config.warm_start_lr or run.train.lr}
-        text = TokenDistillation(
-            student,
-            None,
-            cross_entropy=1.0,
-            optimizer=optimizer.model_copy(update={"lr": changes["lr"]}),
-            seed=run.seed,
-        )
-        run.fit(text, run.tokens(), stage="warm start", **changes)  # type: ignore[arg-type]
+    warm_start(run, student, config.warm_start, config.warm_start_lr)
     before = start_of(student)
     objective = TokenDistillation(
         student,
         teacher,
         config.part(),
-        optimizer=optimizer,
+        optimizer=run.train.optimizer_spec(),
         seed=run.seed,
         rollouts=config.rollouts,
         temperature=config.temperature,
