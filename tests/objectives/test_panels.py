@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from potstill.contracts.batch import PromptBatch, TokenBatch
 from potstill.contracts.errors import DataError, ModelError, RecipeError
 from potstill.contracts.players import OptimizerSpec
+from potstill.contracts.signals import FullLogits
 from potstill.divergences import Exact, ForwardKL, JensenShannon, ReverseKL, TopK
 from potstill.models.causal import CausalLM
 from potstill.models.tokenizers import character_tokenizer
@@ -129,6 +130,27 @@ def test_weights_are_taken_as_they_are_and_a_teacher_without_weight_is_not_asked
     assert_close(
         taught(made([TEACHERS[0], Silent(model(3))], weights=[1, 0]), rows()), taught(plain(TEACHERS[0]), rows())
     )
+
+
+def test_where_a_teacher_has_no_weight_it_may_forbid_what_it_likes():
+    class Forbidding(LocalTeacher):
+        gives = frozenset({FullLogits})
+
+        def __init__(self, net):
+            self.model, self.name = net, "forbidding"
+
+        def score(self, batch, need):
+            logits = super().score(batch, need).logits
+            logits[:5, 7] = -math.inf  # in the first row
+            return FullLogits(logits)
+
+    batch = rows()
+    batch.extra["weights"] = [[1.0, 0.0], [0.5, 0.5]]
+    panels = [
+        made([TEACHERS[0], second], ReverseKL(), weights="weights", weighting=EntropyTop(share=0.5))
+        for second in (Forbidding(TEACHERS[1].model), TEACHERS[1])
+    ]
+    assert_close(taught(panels[0], batch), taught(panels[1], batch))
 
 
 def test_what_is_seen_is_the_weighted_mean_of_the_teachers():
