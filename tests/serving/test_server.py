@@ -174,6 +174,8 @@ def test_raw_and_processed_logprobs(served, tiny_lm):
     token = choice["token_ids"][0]
     tempered = (logp / 0.5).log_softmax(-1)
     assert choice["logprobs"]["token_logprobs"] == pytest.approx([tempered[token].item()], abs=1e-5)
+    greedy = ask(served, prompt=ids, **asked | {"temperature": 0, "top_p": 0.1})["choices"][0]
+    assert greedy["logprobs"]["token_logprobs"] == pytest.approx([logp.max().item()], abs=1e-5)
     with serving(served.model) as raw:
         choice = ask(raw, prompt=ids, **asked)["choices"][0]
         assert choice["token_ids"] == [token]
