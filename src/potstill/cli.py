@@ -142,18 +142,27 @@ def cache(
     temperature: Annotated[float | None, typer.Option(help="of the answers; default the method's")] = None,
     batch: Annotated[int, typer.Option(help="rows that the teacher reads at once")] = 8,
     role: Annotated[str, typer.Option(help="which of the recipe's models")] = "teacher",
+    rows: Annotated[
+        str, typer.Option(help="tokens, or prompts: with their own completions, as gkd with on_policy 0 takes them")
+    ] = "tokens",
 ) -> None:
     """Keep a teacher's answers to a recipe's rows; then teacher.cache=FOLDER trains without the teacher's weights."""
     from potstill import recipe as recipes
+    from potstill.contracts.errors import RecipeError
     from potstill.run import Run
     from potstill.teachers.cached import described, write_cache
 
     plan = recipes.resolve(recipes.read(recipe, overrides or []), recipe)
+    if rows not in ("tokens", "prompts"):
+        raise RecipeError(f"--rows takes tokens or prompts, got {rows}.")
     folder = output or Path("caches") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else plan.method.name)
     current = Run(plan, folder)
+    teacher, spec = current.teacher(role), current.spec(role)
+    assert not isinstance(spec, list)  # which teacher(role) refuses
+    heat = getattr(plan.config, "temperature", 1.0) if temperature is None else temperature
     write_cache(
-        folder, current.teacher(role), current.tokens(), k=k, bits=bits, batch=batch, source=current.source.name,
-        temperature=temperature or getattr(plan.config, "temperature", 1.0), recipe=current.spec(role).identity(),
+        folder, teacher, current.states(rows), kind=rows, k=k, bits=bits, batch=batch, temperature=heat,
+        recipe=spec.identity(), source=current.source.name,
     )  # fmt: skip
     print(described(folder))
 

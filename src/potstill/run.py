@@ -20,6 +20,7 @@ from torch import Tensor
 
 from potstill.assets import cache_dir, lock
 from potstill.contracts import keyed
+from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import DataError, RecipeError, RunError
 from potstill.contracts.players import Objective
 from potstill.contracts.spec import MethodConfig, Spec
@@ -29,9 +30,10 @@ from potstill.methods import Method, Role
 from potstill.models.build import adapter, build, finish, is_packaged, location
 from potstill.models.spec import ModelSpec
 from potstill.models.tokenizers import character_tokenizer
+from potstill.objectives.tokens import completed
 from potstill.tasks.base import Source
 from potstill.tasks.sources import load
-from potstill.tasks.tokens import Prompts, token_rows
+from potstill.tasks.tokens import Prompts, pad_id, token_rows
 from potstill.teachers import LocalTeacher
 from potstill.teachers.cached import CachedTeacher, cached_tokenizer
 from potstill.teachers.served import ServedTeacher
@@ -125,6 +127,10 @@ class Run:
         rows = getattr(self.source, split)
         return token_rows(self.source.kind, rows, self.context["tokenizer"], length or self.plan.data.length)
 
+    def states(self, kind: str) -> Any:
+        """The training states that hold still: the rows of `tokens`, or of `prompts` with their own completions."""
+        return self.tokens() if kind == "tokens" else Completed(self.prompts(), pad_id(self.context["tokenizer"]))
+
     def prompts(self, split: str = "train", length: int | None = None, completion: int | None = None) -> Any:
         """The source's rows as left-padded prompts of at most `length` tokens."""
         length = length or self.plan.data.prompt_length
@@ -144,7 +150,7 @@ class Run:
             support = getattr(self.config, "support", Full())
             tokenizer = self.context["tokenizer"]
             cached = CachedTeacher(spec.cache, tokenizer=tokenizer, asked=spec.identity(), support=support)
-            return cached.check(self.tokens())
+            return cached.check(self.states(cached.index["data"]["kind"]))
         if isinstance(spec, ModelSpec) and spec.address is not None:
             return ServedTeacher(spec.address, self.context["tokenizer"], spec.served)
         return LocalTeacher(self.model(role))
@@ -314,6 +320,20 @@ class Run:
             write_json(self.folder / "result.json", {"metrics": metrics, "artefacts": artefacts, "student_kind": kind})
         self.accelerator.wait_for_everyone()
         return result
+
+
+@dataclass
+class Completed:
+    """Prompts as the TokenBatch rows that an off-policy step makes of them."""
+
+    prompts: Prompts
+    fill: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def batch(self, rows: Tensor, epoch: int = 0) -> TokenBatch:
+        return completed(self.prompts.batch(rows, epoch), self.fill)
 
 
 CONVERTIBLE = {"text": {"prompts"}, "prompts": {"text"}, "chat": {"text", "prompts"}}

@@ -121,6 +121,8 @@ def test_a_record_holds_the_likeliest_within_its_bounds(vocabulary, k, bits, sca
     error = (read - kept).abs() * near
     assert (error.amax(-1) <= step + odds * 2**-11 + 4e-6).all()
     assert (error.amax(-1) > 0).any() or scale == 0
+    gaps = [x.amax(-1, keepdim=True) - x for x in (read, kept)]
+    assert (((gaps[0] - gaps[1]).abs() * near).amax(-1) <= step / 2 + 4e-6).all()
     # Hoeffding's lemma between the kept outcomes
     p, q = kept.double().log_softmax(-1), read.double().log_softmax(-1)
     assert ((p.exp() * (p - q)).sum(-1) <= (step / 2) ** 2 / 2 + 1e-7).all()
@@ -158,7 +160,7 @@ def test_sizes_by_hand_and_those_of_distillkit():
     codec = Codec(151_936, 64, 8)
     assert codec.sizes == [88, 18, 64, 4] and codec.bytes == 174
     assert sum(codec.sizes[:2]) < 64 * 18 / 8  # less than plain ids of 18 bits
-    assert Codec(65_536, 128).sizes[:2] == [128 * 9 // 8, 32]
+    assert Codec(65_536, 128).sizes[:2] == [128 * 9 // 8, 32] and Codec(65_536, 128).places == 128 + 127
     # its README: "around 114 bytes", "~300 bytes" (16 bfloat16, 6 float32 terms, 128 ids of 16 bits)
     assert distillkit_bytes(65_536, 50, 1, 3) == 114
     assert distillkit_bytes(65_536, 128, 16, 6) == 32 + 24 + 256
@@ -190,7 +192,7 @@ def loss_of(student, teacher, batch, divergence, **options):
 def test_a_cache_of_the_whole_vocabulary_is_the_live_teacher(tmp_path, student, teacher, data, divergence):
     written(tmp_path / "c", teacher, data, k=1000, bits=16)
     whole = CachedTeacher(tmp_path / "c")
-    assert whole.k == whole.vocabulary - 1
+    assert whole.k == whole.vocabulary - 1 == CachedTeacher(tmp_path / "c", support=TopK(10**6)).k
     batch = data.batch(torch.tensor([5, 20, 3]), epoch=2)
     (value, gradient), (wanted, its) = (loss_of(student, t, batch, divergence) for t in (whole, teacher))
     assert value == pytest.approx(wanted, rel=2e-3)
@@ -341,9 +343,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, teacher, data):
     assert list(files(tmp_path)) == ["mine.txt"]
 
 
-def test_a_full_disk_is_one_sentence(tmp_path, teacher, data, monkeypatch):
+@pytest.mark.parametrize(
+    "cause", [OSError(28, "No space left on device"), ValueError("I/O error (os error 28)")], ids=repr
+)
+def test_a_full_disk_is_one_sentence(tmp_path, teacher, data, monkeypatch, cause):
     def full(tensors, part):
-        raise OSError(28, "No space left on device")
+        raise cause
 
     monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(RunError, match="The disk is full: .*shard-00000.safetensors could not be written"):
@@ -562,6 +567,17 @@ def test_a_packaged_student_takes_the_tokenizer_from_the_cache(tmp_path, recipe,
     assert run.teacher().k == 10
 
 
+def test_prompts_with_their_own_completions_are_cached_for_off_policy_steps(tmp_path, recipe):
+    gkd = [*recipe[:1], "method={name: gkd, on_policy: 0, divergence: ForwardKL}", *recipe[1:], "train.steps=2"]
+    potstill("cache", *gkd, "--output", str(tmp_path / "c"), "--rows", "prompts")
+    potstill("run", *gkd, f"teacher={{cache: {tmp_path / 'c'}}}", f"output={tmp_path / 'run'}")
+    assert (tmp_path / "run" / "result.json").is_file()
+    with pytest.raises(DataError, match="holds other tokens than the cached row.* rollouts need a live teacher"):
+        potstill("run", *gkd, "method.on_policy=1", f"teacher={{cache: {tmp_path / 'c'}}}", f"output={tmp_path / 'on'}")
+    with pytest.raises(RecipeError, match="--rows takes tokens or prompts, got rollouts"):
+        potstill("cache", *gkd, "--output", str(tmp_path / "d"), "--rows", "rollouts")
+
+
 def test_what_is_said_of_a_cache(folder, capsys):
     index = json.loads((folder / "index.json").read_text())
     size = sum(shard["bytes"] for shard in index["shards"].values()) / index["data"]["positions"]
@@ -576,3 +592,6 @@ def test_progress_is_said_where_there_is_no_terminal(tmp_path, teacher, data, mo
     lines = capsys.readouterr().err.splitlines()
     total = json.loads((tmp_path / "c" / "index.json").read_text())["data"]["positions"]
     assert f"{total:,} of {total:,} tokens" in " ".join(lines) and "a second" in lines[0] and "minutes left" in lines[0]
+    (tmp_path / "c" / "shard-00003.safetensors").unlink()  # what is there already counts as done
+    written(tmp_path / "c", teacher, data)
+    assert f"{total:,} of {total:,} tokens" in capsys.readouterr().err.splitlines()[-1]

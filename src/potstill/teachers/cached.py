@@ -148,12 +148,14 @@ def write_cache(
     shard_bytes: int = 2**24,
     recipe: Mapping[str, Any] | None = None,
     source: str = "the data",
+    kind: str = "tokens",
 ) -> dict[str, Any]:
     """Score all rows of a token data set and keep the answers. Returns the index.
 
     teacher: a local one, or one that gives TopKLogp at this temperature (served). A k of V or more is V - 1, the whole
         distribution.
     recipe: the spec that the teacher was built from; source: what the data is called in messages.
+    kind: how a run makes these rows again (`Run.states`).
     A folder that holds a part of this very cache is completed; finished shards are kept. Anything else is left alone.
     """
     folder, model = Path(folder), getattr(teacher, "model", teacher)
@@ -172,7 +174,7 @@ def write_cache(
         "version": VERSION,
         "teacher": {"name": teacher.name, "recipe": dict(recipe or {}), "weights": weights},
         "tokenizer": vocabulary_hash(tokenizer),
-        "data": {"source": source, "rows": len(dataset), "positions": positions, "hash": digest},
+        "data": {"source": source, "kind": kind, "rows": len(dataset), "positions": positions, "hash": digest},
         "vocabulary": vocabulary,
         "k": codec.k,
         "bits": bits,

@@ -141,7 +141,7 @@ class Codec:
         rounded = widest.half()
         rounded = torch.where(rounded < widest, rounded.nextafter(rounded.new_tensor(math.inf)), rounded)
         step = self.step(rounded.float())
-        codes = (gaps / torch.where(step > 0, step, 1.0)).round().clamp_max(2**self.bits - 1).long()
+        codes = (gaps / torch.where(step > 0, step, 1.0)).round().long()
         bitmap = torch.zeros(len(ids), self.places, dtype=torch.int64, device=ids.device)
         bitmap.scatter_(1, (ids >> self.low) + torch.arange(self.k, device=ids.device), 1)
         ends = torch.cat([rounded, odds.clamp_min(LEAST_TAIL)[:, None].half()], 1).contiguous().view(torch.uint8)
@@ -161,6 +161,8 @@ class Codec:
 # and the two configurations that its README advises (section "Logit Compression"), github.com/arcee-ai/DistillKit at
 # a61c2e7, March 2026: `exact` log-probs in bfloat16, `terms` float32 coefficients of a curve through the others (whose
 # error is what it is), and ids of ceil(log2 V) bits. At V = 2^16: 312 bytes for k = 128 (it says about 300), 114 for 50.
+# Mean KL of the teacher's top k and tail to what is read, 1,473 tokens of English, SmolLM2-135M (V = 49,152), k = 64: ours
+# 9e-6 nats in 160 bytes (8 bits), 1.5e-4 in 144 (6 bits); such curves, fitted by least squares, 1.2e-4 in 184 and 6e-2 in 142.
 DISTILLKIT = {"recommended": (16, 6), "budget": (1, 3)}
 
 
