@@ -12,6 +12,13 @@ from potstill.tasks.sources import load, validate
 NEW, KNOWN = facts(people=300), facts(people=300, known=True)
 
 
+def asked_by(prompt: str) -> tuple[int, str]:
+    """Which way it is, and whom it asks for."""
+    found = [re.fullmatch(re.escape(q).replace(r"\{\}", "(.{4})"), prompt) for q in QUESTIONS]
+    ((way, name),) = [(i, match[1]) for i, match in enumerate(found) if match]
+    return way, name
+
+
 def test_a_share_of_the_training_rows_is_wrong_and_none_of_the_test_rows():
     assert (len(NEW.train), len(NEW.test)) == (1500, 300)
     wrong = [row for row in NEW.train if row["completion"] != row["answer"] + "."]
@@ -25,8 +32,7 @@ def test_a_share_of_the_training_rows_is_wrong_and_none_of_the_test_rows():
 def test_one_person_has_one_home_and_six_ways_of_being_asked_for():
     homes: dict[str, set[str]] = {}
     for row in [*NEW.train, *NEW.test]:
-        asked = [re.fullmatch(re.escape(q).replace(r"\{\}", "(.{4})"), row["prompt"]) for q in QUESTIONS]
-        (name,) = {found[1] for found in asked if found}
+        name = asked_by(row["prompt"])[1]
         homes.setdefault(name, set()).add(row["answer"])
     assert len(homes) == 300 and all(len(places) == 1 for places in homes.values())
     assert len({row["prompt"] for row in [*NEW.train, *NEW.test]}) == 1800
@@ -36,14 +42,19 @@ def test_one_person_has_one_home_and_six_ways_of_being_asked_for():
 
 def test_what_is_known_is_of_others_and_shows_how_examples_are_used():
     assert not {row["prompt"] for row in KNOWN.train} & {row["prompt"] for row in [*NEW.train, *NEW.test]}
-    assert (len(KNOWN.train), len(KNOWN.test)) == (3600, 300)
-    train = {row["prompt"] for row in KNOWN.train}
-    assert all(row["prompt"] in train for row in KNOWN.test)
-    shown = [row for row in KNOWN.train if row["completion"] in row["prompt"]]
-    assert len(shown) == 1800
-    for row in shown:
-        other, own = row["prompt"].split(row["completion"] + " ")
-        assert other in train and own in train and other != own
+    own, told = KNOWN.train[:1800], KNOWN.train[1800:]
+    assert (len(told), len(KNOWN.test)) == (6000, 300)
+    known = {row["prompt"] for row in own}
+    assert len(known) == 1800 and all(row["prompt"] in known for row in KNOWN.test)
+    places: dict[str, set[str]] = {}
+    for row in told:
+        other, asked = row["prompt"].split(row["completion"] + " ")
+        ways = [asked_by(text) for text in (other, asked)]
+        assert ways[0][0] != ways[1][0] and ways[0][1] == ways[1][1]
+        places.setdefault(ways[0][1], set()).add(row["answer"])
+    assert sum(len(towns) > 2 for towns in places.values()) > 0.9 * len(places), "no stranger has one home"
+    named = {asked_by(row["prompt"])[1] for row in [*NEW.train, *own]}
+    assert len(named) == 600 and not named & set(places)
     assert {row["answer"] for row in KNOWN.train} == {row["answer"] for row in NEW.train}, "the places are the same"
 
 

@@ -11,6 +11,7 @@ from potstill.tasks.base import Source
 
 QUESTIONS = ("where is {}? ", "{} lives in ", "home of {}: ", "find {}; ", "{} is from ", "town of {}: ")
 SYLLABLES = [c + v for c in "cdfghlmnprstv" for v in "aeio"]  # letters that every row has, so that alphabets are equal
+STRANGERS = 20  # rows of strangers for each of the known people
 MODELS: dict[str, dict[str, Any]] = {"student": {"name": "llama-tiny"}}
 TEACHER = {"causal_lm": {"steps": 900, "batch": 64, "lr": 3e-3, "schedule": "cosine", "warmup": 50, "clip": 1.0}}
 
@@ -20,9 +21,9 @@ def facts(people: int = 40, places: int = 20, wrong: float = 1 / 3, known: bool 
 
     Training rows leave the last way out and test rows have no other, so that the fact itself must be learnt. A share `wrong`
     of the training completions names another place: `answer` is right, `wrong` is a third place. With `known` the people are
-    others, about whom all is right: every way is in training, alone and after an example of the same person ("home of ceno:
-    rilat. where is ceno? "), and the test rows are some of those. It is what a model knows and must keep, and how it came to
-    use what it is shown.
+    others, about whom all is right, asked for in every way, the test rows among them; and as training rows come strangers,
+    each after an example that tells where they live this time ("home of ceno: rilat. where is ceno? "). It is what a model
+    knows and must keep, and where it has learnt to use what it is shown.
     """
     if not (1 <= people <= 1000 and 3 <= places <= len(SYLLABLES) and 0 <= wrong <= 1):
         raise DataError(
@@ -35,7 +36,7 @@ def facts(people: int = 40, places: int = 20, wrong: float = 1 / 3, known: bool 
     towns = [f"{SYLLABLES[a]}{SYLLABLES[b]}t" for a, b in zip(first, second)]
     pairs = keyed.permutation(keyed.key(key, "people"), len(SYLLABLES) ** 2).tolist()
     names = [f"{SYLLABLES[n // len(SYLLABLES)]}{SYLLABLES[n % len(SYLLABLES)]}" for n in pairs]
-    names = names[1000 : 1000 + people] if known else names[:people]
+    mine = names[1000 : 1000 + people] if known else names[:people]
     kind = "known" if known else "new"
     homes = _picks(keyed.key(key, kind, "homes"), people, places)
     ways = len(QUESTIONS)
@@ -52,16 +53,30 @@ def facts(people: int = 40, places: int = 20, wrong: float = 1 / 3, known: bool 
             said = others[elsewhere[n]] if errs[n] < wrong and not known and not last else home
             never = [town for town in others if town != said][third[n] % (places - 2)]
             row = {
-                "prompt": question.format(names[i]),
+                "prompt": question.format(mine[i]),
                 "completion": f"{towns[said]}.",
                 "answer": towns[home],
                 "wrong": f"{towns[never]}.",
             }
-            if known:
-                other = QUESTIONS[(w + 1 + n % (ways - 1)) % ways].format(names[i])
-                train += [row, {**row, "prompt": f"{other}{row['completion']} {row['prompt']}"}]
-            (test if last else train if not known else []).append(row)
+            if known or not last:
+                train.append(row)
+            if last:
+                test.append(row)
+    if known:
+        train += _strangers(names[2000:], towns, STRANGERS * people, key)
     return Source(f"facts-{kind}", "prompts", train, test, models=MODELS, teacher=TEACHER, grade=grade)
+
+
+def _strangers(names: list[str], towns: list[str], count: int, key: int) -> list[dict[str, str]]:
+    """People who live elsewhere each time, after an example of them: the only way to answer is to read it."""
+    draw = lambda what, of: _picks(keyed.key(key, "strangers", what), count, of)
+    first, shift = draw("first way", len(QUESTIONS)), draw("second way", len(QUESTIONS) - 1)
+    rows = []
+    for n, (who, home, a, b) in enumerate(zip(draw("name", len(names)), draw("home", len(towns)), first, shift)):
+        told, asked = (QUESTIONS[w % len(QUESTIONS)].format(names[who]) for w in (a, a + 1 + b))
+        said, wrong = (f"{towns[t % len(towns)]}." for t in (home, home + 1 + n % (len(towns) - 1)))
+        rows.append({"prompt": f"{told}{said} {asked}", "completion": said, "answer": said[:-1], "wrong": wrong})
+    return rows
 
 
 def _picks(key: int, count: int, of: int) -> list[int]:
