@@ -83,7 +83,7 @@ def test_gradients_point_where_the_direction_says():
     assert_close(backward, (q * (log_q - log_p - reverse)).detach())
 
 
-SCORE_WEIGHTS = {  # the table of f-distill (card of arXiv 2502.15681), up to the factor on the left
+SCORE_WEIGHTS = {  # the table of f-distill (arXiv 2502.15681), up to the factor on the left
     (1.0, ReverseKL()): lambda r: torch.ones_like(r),
     (1.0, SoftenedReverseKL()): lambda r: 1 / (r + 1),
     (2.0, JensenShannon(0.5)): lambda r: r / (r + 1),

@@ -121,7 +121,7 @@ def test_directions_are_scale_free_down_to_small_ones(loss):
 
 
 def test_a_short_student_grows_along_the_class_and_a_long_one_turns():
-    """Card 29's two branches: gradient -e / |teacher|, or none along the feature itself."""
+    """The two branches: gradient -e / |teacher|, or none along the feature itself."""
     teacher, direction = draw(5, 4), draw(5, 4, seed=1)
     e = direction / direction.norm(dim=-1, keepdim=True)
     unit = draw(5, 4, seed=2)

@@ -22,7 +22,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def by_definition(scores: Tensor, log_q: Tensor, alpha: float) -> Tensor:
-    """Step 6 of card 63, entry by entry."""
+    """The objective of the MI-alpha family, entry by entry."""
     K, e = len(scores), scores.exp()
     d = lambda i, j: alpha * sum(e[i, k] for k in range(K) if k != j) / (K - 1) + (1 - alpha) * log_q[i].exp()
     others = lambda i: [j for j in range(K) if j != i]
@@ -137,7 +137,7 @@ def test_independent_views_carry_nothing(alpha):
     assert expectation(lambda s, y: mi_alpha(s, alpha=alpha), PRODUCT, normal(2, 3, seed=0), 3) < -1e-3
 
 
-# Card 63's figures: 20 correlated Gaussians, the best critic, q = 1, K = 64, 300 batches.
+# Known figures: 20 correlated Gaussians, the best critic, q = 1, K = 64, 300 batches.
 CARD_MEANS = {0.0: 5.05, 0.01: 4.92, 0.1: 4.61, 0.5: 4.10, 0.9: 3.73, 1.0: 3.46}
 CARD_SPREADS = {0.0: 0.67, 0.01: 0.43, 0.1: 0.28, 0.5: 0.21, 0.9: 0.17, 1.0: 0.15}
 

@@ -179,7 +179,7 @@ def test_unbiased_mmd_is_right_on_average_over_every_sample(kernel):
 
 
 def test_linear_mmd_is_the_squared_distance_of_means():
-    """Card 57: (3) and its bias, tr Cov / B of both samples; the unbiased gradient uses the leave-one-out mean, (3u)."""
+    """Eq. 3 and its bias, tr Cov / B of both samples; the unbiased gradient uses the leave-one-out mean, (3u)."""
     student, teacher = normal(4, 3, seed=0).requires_grad_(), normal(9, 3, seed=1)
     of = lambda unbiased: mmd2(teacher=teacher, student=student, kernel=Linear(), unbiased=unbiased)
     gap = student.mean(0) - teacher.mean(0)
@@ -192,7 +192,7 @@ def test_linear_mmd_is_the_squared_distance_of_means():
 
 
 def test_gaussian_mmd_between_gaussians():
-    """Card 57: E k(x, y) = det(I + S / s^2)^(-1/2) exp(-d' (S + s^2 I)^-1 d / 2), d the gap, S the sum of covariances."""
+    """E k(x, y) = det(I + S / s^2)^(-1/2) exp(-d' (S + s^2 I)^-1 d / 2), d the gap, S the sum of covariances."""
     s, shift, spread = 0.8, torch.tensor([0.5, -0.3]).double(), torch.tensor([1.3, 0.6]).double()
 
     def expected_kernel(d: Tensor, covariance: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ def test_unbiased_hsic_is_right_on_average_over_every_sample():
 
 
 def test_linear_cka_by_features():
-    """|Y'X|_F^2 / (|X'X|_F |Y'Y|_F) of centred features (cards 52 and 05)."""
+    """|Y'X|_F^2 / (|X'X|_F |Y'Y|_F) of centred features."""
     x, y = normal(9, 4, seed=0), normal(9, 3, seed=1)
     xc, yc = x - x.mean(0), y - y.mean(0)
     expected = (yc.T @ xc).norm() ** 2 / ((xc.T @ xc).norm() * (yc.T @ yc).norm())

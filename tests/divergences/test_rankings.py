@@ -59,7 +59,7 @@ def test_the_likeliest_order_is_the_scores_own():
 
 
 def test_a_normaliser_over_what_was_drawn_before_is_the_reversed_order():
-    """Card 58's released code: it pushes away from the teacher's ranking."""
+    """TSD-KD's released code (arXiv 2603.13260): it pushes away from the teacher's ranking."""
     scores, order = draw(3, 5), teacher_order(draw(3, 5, seed=1))
     ordered = scores.gather(-1, order)
     prefix = (ordered.logcumsumexp(-1) - ordered).sum(-1)

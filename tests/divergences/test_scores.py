@@ -64,7 +64,7 @@ def log_normal(x, mu, s) -> Tensor:
     return -((x - mu) ** 2) / (2 * v) - v.log() / 2
 
 
-SLICES = {  # the card's derivatives of the slice in (mu, s), checked there by finite differences
+SLICES = {  # derivatives of the slice in (mu, s), by finite differences
     ForwardKL(): (0.7100592, -0.9012289),
     ReverseKL(): (0.5405162, -0.2543145),
     PearsonChi2(): (3.6573776, -7.5198879),
@@ -84,7 +84,7 @@ def test_the_expansion_has_the_gradient_of_the_slice(divergence):
     ("divergence", "scale"), [(JensenShannon(0.5), 2.0), (SquaredHellinger(), 1.0)], ids=["js", "hellinger"]
 )
 def test_the_card_s_other_generators(divergence, scale):
-    """The card's JS is twice ours; its squared Hellinger is ours."""
+    """The paper's JS is twice ours; its squared Hellinger is ours."""
     expected = {2.0: (0.2680731, -0.2162928), 1.0: (0.1439367, -0.1233453)}[scale]
     case = Case()
     got = scale * case.gradient(expanded(divergence, case.x_t, log_ratio=case.log_ratio, **case.scores))
@@ -205,7 +205,7 @@ def test_weighed_by_r2_f2_it_has_the_gradient_of_the_f_divergence(divergence):
     assert_close(got, torch.stack(expected), rtol=1e-6, atol=1e-8)
 
 
-CLOSED = {  # card 33.1, teacher N(0, 1), student N(0.6, 0.81); the card's Jensen-Shannon is twice ours
+CLOSED = {  # teacher N(0, 1), student N(0.6, 0.81); the paper's Jensen-Shannon is twice ours
     ForwardKL(): 0.234145,
     ReverseKL(): 0.190361,
     JensenShannon(0.5): 0.099087 / 2,
@@ -241,7 +241,7 @@ def test_the_slices_integrate_to_the_divergence(divergence):
     assert outside < 0.02 * inside
 
 
-TABLE = {  # card 33.3: F, r^2 F'' and F - r F' of the ratio
+TABLE = {  # F, r^2 F'' and F - r F' of the ratio
     ForwardKL(): (lambda r: r, lambda r: 0 * r, lambda r: 0 * r),
     ReverseKL(): (lambda r: 0 * r + 1, lambda r: 0 * r, lambda r: 0 * r + 1),
     JensenShannon(0.5): (
@@ -276,7 +276,7 @@ def gradients(at: dict[str, Tensor], value: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("divergence", TABLE, ids=repr)
 def test_each_part_at_one_point(divergence):
-    """Its weights are the card's, its sign is right, and its gradient goes where it should and nowhere else."""
+    """Its weights are the paper's, its sign is right, and its gradient goes where it should and nowhere else."""
     F, r2F2, F_rF1 = (of(leaves()["log_ratio"].detach().exp())[:, None, None] for of in TABLE[divergence])
     at = leaves()
     gap = (at["student_score"] - at["teacher_score"]).detach()

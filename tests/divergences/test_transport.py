@@ -63,7 +63,7 @@ def test_coincident_rows_cost_nothing_with_a_finite_gradient(norm, power):
     assert torch.equal(grad(cost.diagonal(), student)[0], torch.zeros(30, 5))
 
 
-# The paper's algorithm (card: batch 1, batch 2, the ratio form, permutations, the assignment, the bias)
+# The paper's algorithm (batch 1, batch 2, the ratio form, permutations, the assignment, the bias)
 
 
 def test_one_pair_is_twice_the_total_variation():
@@ -128,7 +128,7 @@ def test_order_is_free(gradient):
 
 
 def test_small_epsilon_is_the_best_assignment():
-    """Falls to it from above as epsilon falls (card: 5.8223, 5.4243, 5.4193 to 5.4138 in its example)."""
+    """Falls to it from above as epsilon falls (5.8223, 5.4243, 5.4193 to 5.4138 in its example)."""
     student, teacher = probabilities(8, 3, seed=0), probabilities(8, 3, seed=1)
     cost = pairwise_cost(student=student, teacher=teacher)
     rows, columns = linear_sum_assignment(cost.numpy())

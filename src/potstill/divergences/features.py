@@ -72,7 +72,7 @@ def whitened_smooth_l1(*, teacher: Tensor, student: Tensor, beta: float = 2.0) -
 
     Whitened: mean 0 and deviation 1 over the features of each row (a LayerNorm without weights), the teacher's alone; a
     learnt linear map comes before on the student's side. smooth-L1 is x^2 / (2 beta) up to beta, then |x| - beta / 2.
-    Source: feature distillation as card 62 reconstructs it for Hybrid Distill (arXiv 2306.15876); form and beta assumed.
+    Source: feature distillation as Hybrid Distill uses it (arXiv 2306.15876); form and beta assumed.
     """
     _same("whitened_smooth_l1", teacher, student)
     if not beta > 0:
@@ -186,7 +186,7 @@ def relation_kl(
     Couples the tokens of a sequence. Heads are groups: teacher and student need as many, of any two widths. With values
     for queries and keys it compares value relations; free of a rotation of a head's basis. keep [*G, N] bool: keys that
     count, so that the others, padding or dropped tokens, have no probability; their rows are the caller's to leave out.
-    Source: TinyMIM's form as card 62 gives it for Hybrid Distill (arXiv 2306.15876).
+    Source: TinyMIM's form as Hybrid Distill uses it (arXiv 2306.15876).
     """
     rows = [teacher_queries, teacher_keys, student_queries, student_keys]
     if min(x.dim() for x in rows) < 2 or len({x.shape[:-1] for x in rows}) > 1:

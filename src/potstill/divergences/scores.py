@@ -5,7 +5,7 @@ grad log p_t and grad log q_t at x_t, by networks whose parameters are held fixe
 comes back is one value a sample [B], summed over all else, to be averaged over samples and noise levels with a weight of
 one's own. A surrogate's value means nothing: its gradient in the generator is that of the divergence named.
 
-Two rules make them all (card of each paper below). Samples move: E_q[v(x_t)] has the gradient of v through x_t. The score
+Two rules make them all. Samples move: E_q[v(x_t)] has the gradient of v through x_t. The score
 moves: for any field u, E[u(x_t) (student_score - conditional_score)] = 0, conditional_score = grad log q(x_t | x_0) =
 -(x_t - alpha_t x_0) / sigma_t^2, so the derivative of E[u . student_score] in the score's own dependence is minus the
 gradient of that product through the samples, with the networks frozen. x_t must not be detached there.

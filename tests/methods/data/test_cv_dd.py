@@ -37,7 +37,7 @@ def net(seed: int = 0, name: str = "convnet") -> ImageClassifier:
 def test_votes_go_from_equal_to_the_best():
     assert votes([60.0, 50.0, 55.0], 1e9) == pytest.approx([1 / 3] * 3)
     assert votes([60.0, 50.0, 55.0], 1e-3) == pytest.approx([1.0, 0.0, 0.0])
-    a = [64, 60.6, 51.6, 59.4, 56.4]  # the paper's CIFAR-100 priors and the weights that the card derives
+    a = [64, 60.6, 51.6, 59.4, 56.4]  # the paper's CIFAR-100 priors and the weights that follow
     assert votes(a, 10.0) == pytest.approx([0.323, 0.230, 0.093, 0.204, 0.151], abs=1e-3)
     assert votes(a, 5.0)[0] / votes(a, 5.0)[1] == pytest.approx(math.exp(3.4 / 5))
 
