@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from divergences import machine  # noqa: E402
+from divergences import machine
 
 RESULTS = Path(__file__).parent / "results" / "on_policy.json"
 CASES = [
@@ -182,7 +182,12 @@ def trl(what: str, folder: Path, gkd: bool) -> dict[str, Any]:
         args, made = DistillationConfig(**common, max_completion_length=NEW), DistillationTrainer
         data = Dataset.from_list([{"prompt": row[:1]} for row in rows])
     trainer = made(
-        model=student, teacher_model=teacher, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[Tick()]
+        model=student,
+        teacher_model=teacher,
+        args=args,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[Tick()],
     )
     clock.stamps, clock.before = [time.perf_counter()], Clock._status("VmRSS")
     trainer.train()
@@ -195,9 +200,7 @@ def table_of(results: list[dict[str, Any]]) -> str:
         if "error" in r:
             lines.append(f"| {r['case']} | {r['error']} | | |")
         else:
-            lines.append(
-                f"| {r['case']} | {r['seconds']:.2f} | {r['tokens_per_second']:.0f} | {r['peak_mb']:.0f} |"
-            )
+            lines.append(f"| {r['case']} | {r['seconds']:.2f} | {r['tokens_per_second']:.0f} | {r['peak_mb']:.0f} |")
     return "\n".join(lines)
 
 

@@ -113,7 +113,9 @@ def compared(
 
 def _alone(run: Run, students: Mapping[str, Any]) -> Result:
     """What is known of students whose teacher is not here: it was served, or its answers were cached."""
-    values = run.stage("comparison", lambda: {name: run.evaluate(model)["perplexity"] for name, model in students.items()})
+    values = run.stage(
+        "comparison", lambda: {name: run.evaluate(model)["perplexity"] for name, model in students.items()}
+    )
     run.record(
         "1-comparison",
         "table",
