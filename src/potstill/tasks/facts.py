@@ -13,7 +13,7 @@ QUESTIONS = ("where is {}? ", "{} lives in ", "home of {}: ", "find {}; ", "{} i
 SYLLABLES = [c + v for c in "cdfghlmnprstv" for v in "aeio"]  # letters that every row has, so that alphabets are equal
 STRANGERS = 20  # rows of strangers for each of the known people
 MODELS: dict[str, dict[str, Any]] = {"student": {"name": "llama-tiny"}}
-TEACHER = {"causal_lm": {"steps": 900, "batch": 64, "lr": 3e-3, "schedule": "cosine", "warmup": 50, "clip": 1.0}}
+TEACHER = {"causal_lm": {"steps": 1000, "batch": 64, "lr": 3e-3, "schedule": "cosine", "warmup": 50, "clip": 1.0}}
 
 
 def facts(people: int = 40, places: int = 20, wrong: float = 1 / 3, known: bool = False, seed: int = 0) -> Source:
