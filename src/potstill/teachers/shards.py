@@ -138,10 +138,9 @@ class Codec:
         ids, order = ids.sort(-1)
         gaps = (kept[:, :1] - kept.gather(-1, order)).clamp_max(WIDEST)
         widest = gaps.amax(-1, keepdim=True)
-        rounded = widest.half()
-        rounded = torch.where(rounded < widest, rounded.nextafter(rounded.new_tensor(math.inf)), rounded)
+        rounded = (widest * (1 + 2**-10)).half()  # up, but for gaps so small that nothing can be told apart
         step = self.step(rounded.float())
-        codes = (gaps / torch.where(step > 0, step, 1.0)).round().long()
+        codes = (gaps / torch.where(step > 0, step, 1.0)).round().clamp_max(2**self.bits - 1).long()
         bitmap = torch.zeros(len(ids), self.places, dtype=torch.int64, device=ids.device)
         bitmap.scatter_(1, (ids >> self.low) + torch.arange(self.k, device=ids.device), 1)
         ends = torch.cat([rounded, odds.clamp_min(LEAST_TAIL)[:, None].half()], 1).contiguous().view(torch.uint8)
