@@ -7,7 +7,7 @@ q the student, p a copy of it that sees c. D: `alpha` 0 is KL(p || q), 1 is KL(q
 (1 - alpha) KL(q || m), m = alpha p + (1 - alpha) q (Eqs. 7-8), at the sampling temperature, without T^2.
     agreement   w from the spread of log p(y_t | x, c_k) over K further contexts (Eq. 2; `weighting.Agreement`), which are
                 drawn at random, retrieved by the likeness of prompts, or instructions induced from rows
-    ema         p is the student's average, moved every `ema_every` updates (Eq. 3); else the student's frozen start
+    ema         p is the student's average, moved every `ema_every` updates (Eq. 3); else the frozen start (beta 1; unsourced)
     contrast    max(0, margin + d+ - d-), d the gap of log q(y_t) to p in c and in a wrong answer's context (Eqs. 4-5)
     features    squared distance of the last hidden states (Eq. 6); the mean over them in the code, their sum in the paper
     clip        min(D_t, clip), or `clip_quantile` of the batch's D_t
