@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from potstill.contracts.batch import PromptBatch, TokenBatch
-from potstill.contracts.errors import DataError, ModelError, RecipeError
+from potstill.contracts.errors import DataError, ModelError, RecipeError, SignalError
 from potstill.contracts.players import OptimizerSpec
 from potstill.contracts.signals import FullLogits
 from potstill.divergences import Exact, ForwardKL, JensenShannon, ReverseKL, TopK
@@ -217,6 +217,19 @@ def test_no_teacher_learns_or_is_saved_but_those_that_move():
     assert {id(p) for p in panel.players["student"].parameters()} == {id(p) for p in student.parameters()}
 
 
+def test_the_smallest_vocabulary_is_compared():
+    def wide(seed):
+        net = model(seed)
+        net.network.resize_token_embeddings(16, mean_resizing=False)
+        return net
+
+    panel = PanelDistillation(
+        wide(0), [LocalTeacher(wide(1)), TEACHERS[1]], ForwardKL(), optimizer=OptimizerSpec(), seed=0
+    )
+    assert panel.shared == TOKENIZER.vocab_size
+    assert panel.loss("student", rows(), 0).value() > 0
+
+
 def test_a_debate_is_held_about_the_prompts_and_its_weights_teach():
     """Two samples of each prompt share their prompt's debate."""
     heard = []
@@ -257,5 +270,9 @@ def test_what_is_no_panel_is_refused():
         made(weights=[2.0, -1.0])
     with pytest.raises(ModelError, match="different vocabularies"):
         made([TEACHERS[0], LocalTeacher(model(1, character_tokenizer(["xyz"])))])
+    mute = LocalTeacher(TEACHERS[1].model, "mute")
+    mute.gives = frozenset()
+    with pytest.raises(SignalError, match="needs more than mute gives"):
+        made([TEACHERS[0], mute])
     with pytest.raises(DataError, match=r"extra\['weights'\] is missing"):
         made(weights="weights").loss("student", rows(), 0)

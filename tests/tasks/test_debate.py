@@ -70,6 +70,8 @@ def test_lessons(teacher):
         assert row["prompt"].startswith(row["debate"]) and row["debate"].count("c") == 2
         assert "!" in row["completion"] or int(row["completion"].split()[0]) < 10
         assert row["completion"] in row["debate"].split(",")
+    slips = [row["debate"].count("!") < 3 for row in kinds["after"] if "!" in row["completion"]]
+    assert 0.1 < sum(slips) / len(slips) < 0.3, "one of two last replies, each once in ten"
     assert sum(grade(row, row["completion"]) for row in kinds["after"]) < 25, (
         "the debated numbers are not those of the prompt"
     )

@@ -74,7 +74,7 @@ class PanelDistillation(TokenDistillation):
             )
             total = total + part
             for name, values_N in found.items():
-                seen[name] = seen.get(name, 0.0) + torch.where(share_N != 0, share_N * values_N, 0.0)
+                seen[name] = seen.get(name, 0.0) + share_N * values_N
         return total, seen
 
     def _panel_weights(self, batch: TokenBatch, like: Tensor) -> Tensor:

@@ -256,6 +256,37 @@ def test_what_the_teachers_write(tmp_path, data, tiny_lm):
     alone = [written(job, [t], job.config.model_copy(update={"shares": [1.0]}))["rows"] for t in (first, second)]
     by = [sum(row in some for row in rows) for some in alone]
     assert by[0] + by[1] == n and by[0] > by[1] > 0, "three quarters of the prompts are the first one's"
+    three = written(job, [first, second, first], job.config.model_copy(update={"shares": [1, 2, 1]}))["rows"]
+    assert 0.25 < sum(row in alone[1] for row in three) / n < 0.75, "half of them are the second one's"
+
+
+def test_what_the_settings_make(tmp_path, data, tiny_lm, monkeypatch):
+    class Made(Exception):
+        pass
+
+    def fit(self, objective, dataset, **options):
+        raise Made(objective)
+
+    monkeypatch.setattr(Run, "fit", fit)
+    models = tiny_lm(1), [tiny_lm(2), tiny_lm(3)]
+
+    def objective(**settings):
+        plan = plan_of(data, *models, **{f"method.{name}": value for name, value in settings.items()})
+        with pytest.raises(Made) as made:
+            Run(plan, tmp_path).execute()
+        return made.value.args[0]
+
+    whole = objective(tau=0.5, repetition=0.3, rounds=3)
+    assert whole.average == "sequence" and whole.repetition == 0.3 and whole.weights == "weights"
+    assert (whole.debate.rounds, whole.debate.temperature, len(whole.debate.speakers)) == (3, 0.5, 2)
+    assert all(isinstance(teacher, PrivilegedTeacher) for teacher in whole.teachers)
+    fixed = objective(confidence=False, weights=[0.2, 0.8])
+    assert fixed.weights == [0.2, 0.8] and fixed.debate.temperature is None
+    plain = objective(variant="mt_opd", weights=[0.2, 0.8])
+    assert plain.weights == [0.2, 0.8] and plain.debate is None
+    assert not any(isinstance(teacher, PrivilegedTeacher) for teacher in plain.teachers)
+    copied = objective(variant="mt_seqkd")
+    assert copied.teacher is None and copied.cross_entropy == 1.0 and copied.average == "sequence"
 
 
 def test_what_cannot_work_is_refused(tmp_path, data, tiny_lm):
