@@ -128,6 +128,11 @@ def spoiled(**changes):
         ),
         (spoiled(tokens=[], token_logprobs=[]), ServerError, "sent 0 tokens and 0 log-probs"),
         (
+            spoiled(tokens=lambda t: t[:-1], token_logprobs=lambda t: t[:-1], finish_reason="abort"),
+            ServerError,
+            "sent 2 tokens and 2 log-probs, ended by 'abort', where up to 3 were asked for",
+        ),
+        (
             spoiled(tokens=lambda t: t[:-1], token_logprobs=lambda t: t[:-1]),
             ServerError,
             "sent 2 tokens and 2 log-probs, ended by 'length', where up to 3 were asked for",

@@ -56,7 +56,7 @@ def same(found, truth):
 
 
 def test_rows_of_any_length_come_back_in_their_order(model):
-    rows = [[5] * n for n in (2, 9, 4, 7, 3)]
+    rows = [list(range(5, 5 + n)) for n in (2, 9, 4, 7, 3)]
     with serving(model) as served:
         together = Client(served.url, rows=2).score(rows, [[len(row) - 1] for row in rows], 3)
         assert sorted(len(post["prompt"]) for post in served.posts) == [1, 2, 2]

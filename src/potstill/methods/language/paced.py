@@ -34,7 +34,7 @@ from potstill.contracts.batch import Batch, TokenBatch
 from potstill.contracts.errors import RecipeError
 from potstill.contracts.spec import MethodConfig, Part
 from potstill.divergences import FDivergence, ForwardKL
-from potstill.methods import method
+from potstill.methods import Role, method
 from potstill.methods.language.comparison import compared, start_of
 from potstill.methods.language.graded import accuracy, grades, warm_start
 from potstill.objectives.tokens import RolloutSpec, TokenDistillation
@@ -43,6 +43,8 @@ from potstill.teachers import FrozenStart, PrivilegedTeacher
 from potstill.teachers.privileged import PrivilegedContext, Solution
 from potstill.training.probes import GradientNoise, gradient_noise_by
 from potstill.weighting import BetaKernel, Positions, RewardItself, Weighting
+
+SAMPLES = 4  # answers to a held-out prompt, of which `pass_rate` is the mean
 
 
 class PACED(MethodConfig):
@@ -73,7 +75,7 @@ class Frozen(TokenDistillation):
         return out
 
 
-@method("paced", student="causal_lm", teacher="causal_lm", data="prompts")
+@method("paced", student="causal_lm", teacher=Role("causal_lm", optional=True), data="prompts")
 def paced(run: Run, config: PACED) -> Result:
     if run.source.grade is None:
         raise RecipeError(
@@ -84,19 +86,21 @@ def paced(run: Run, config: PACED) -> Result:
     student, prompts = run.student(), run.prompts()
     warm_start(run, student, config.warm_start, config.warm_start_lr, config.warm_start_on)
     before = start_of(student)
-    teacher: Any = run.teacher() if config.teacher == "model" else PrivilegedTeacher(
+    alone = config.teacher == "self"
+    teacher: Any = PrivilegedTeacher(
         FrozenStart(student), PrivilegedContext(student.tokenizer, Solution(config.solution), config.context_length)
-    )  # fmt: skip
+    ) if alone else run.teacher()  # fmt: skip
     how: dict[str, Any] = {
         "optimizer": run.train.optimizer_spec(), "seed": run.seed, "rollouts": config.rollouts, "average": "sequence",
     }  # fmt: skip
     graded: dict[str, Any] = {"reward": run.source.grade, "advantage": 0.0}
-    metrics = {"before_accuracy": run.stage("accuracy before", accuracy, run, student, config.rollouts)}
+    solved = lambda: accuracy(run, student, config.rollouts, SAMPLES)
+    metrics = {"before_pass_rate": run.stage("pass rate before", solved)}
     if config.snr:
         plain = TokenDistillation(student, teacher, config.divergences[0], **how, **graded)
         bins = run.stage("snr", signal_over_noise, plain.to(run.device), _single(run, prompts, config.snr))
         run.record(
-            "4-snr", "curves", "Signal over noise of the gradient across problems, by pass rate",
+            "5-snr", "curves", "Signal over noise of the gradient across problems, by pass rate",
             series=[{"label": "|E g|² / Var g", "x": [b["rate"] for b in bins], "y": [b["snr"] for b in bins]}],
             x_label="pass rate of the student", y_label="signal over noise",
         )  # fmt: skip
@@ -108,8 +112,8 @@ def paced(run: Run, config: PACED) -> Result:
             objective = Frozen(student, teacher, divergence, weighting=RewardItself(), **how)
             objective.weights_P = run.stage(f"{stage}-weights", frozen_weights, run, config, student, prompts, i)
         run.fit(objective, prompts, stage=stage, steps=-(-run.train.steps // len(config.divergences)))
-    metrics["accuracy"] = run.stage("accuracy", accuracy, run, student, config.rollouts)
-    result = compared(run, before=before)
+    metrics["pass_rate"] = run.stage("pass rate", solved)
+    result = compared(run, before=before, teacher=before if alone else None)
     return Result(result.student, {**result.metrics, **metrics})
 
 

@@ -38,7 +38,7 @@ from potstill.contracts.terms import Loss, Term
 from potstill.divergences import FDivergence, ReverseKL, log_probs
 from potstill.methods import method
 from potstill.methods.language.comparison import compared, start_of
-from potstill.methods.language.graded import accuracy, warm_start
+from potstill.methods.language.graded import warm_start
 from potstill.models.causal import evaluating
 from potstill.objectives.states import TokenStates
 from potstill.objectives.tokens import COMPARED, RolloutSpec, TokenDistillation
@@ -98,8 +98,6 @@ def tip(run: Run, config: TIP) -> Result:
     run.fit(objective, run.prompts())
     result = compared(run, before=before)
     metrics = run.stage("confident errors", confident_errors, run, before, student, teacher.model)
-    if run.source.grade is not None:
-        metrics["accuracy"] = run.stage("accuracy", accuracy, run, student, config.rollouts)
     return Result(result.student, {**result.metrics, **metrics})
 
 
