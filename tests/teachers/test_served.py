@@ -267,6 +267,12 @@ def test_on_policy_methods_learn_from_it(method, tmp_path, lines, tiny_lm):
     assert any(not torch.equal(start[name], end[name]) for name in start)
 
 
+def test_a_server_gives_no_tokenizer(lines):
+    """A packaged student's tokenizer comes of the data; the teacher's address is no folder to take one from."""
+    tokenizer = Run(plan_of(lines, "llama-tiny", "http://127.0.0.1:9/v1"), None).context["tokenizer"]
+    assert tokenizer.get_vocab() == character_tokenizer(lines.read_text().splitlines()).get_vocab()
+
+
 def test_recipes_that_cannot_work(tmp_path, lines, tiny_lm):
     student, url = tiny_lm(3), "http://127.0.0.1:9/v1"
     with pytest.raises(RecipeError, match=r"teacher: http.* is a server: lora belong to a model that is loaded here"):
