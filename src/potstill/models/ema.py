@@ -26,12 +26,20 @@ class EMA(nn.Module):
         self.updates += 1
         n = int(self.updates)
         decay = min(self.decay, (1 + n) / (10 + n)) if self.ramp else self.decay
-        target, source = self.average.state_dict(), module.state_dict()
-        for name, value in target.items():
+        source = self.source(module)
+        moved: set[int] = set()
+        for name, value in self.average.state_dict().items():
+            if value.data_ptr() in moved:  # a weight that two layers share has two names
+                continue
+            moved.add(value.data_ptr())
             if value.is_floating_point():
                 value.lerp_(source[name].to(value.dtype), 1 - decay)
             else:
                 value.copy_(source[name])
+
+    def source(self, module: nn.Module) -> dict[str, Tensor]:
+        """What is averaged of a module, under the average's names."""
+        return module.state_dict()
 
     def train(self, mode: bool = True) -> "EMA":
         """The average always stays in evaluation mode."""

@@ -24,7 +24,7 @@ from potstill.teachers.local import SIGNALS, LocalTeacher, check_vocabulary
 
 
 class EffectiveEMA(EMA):
-    """EMA of a module's effective weights: adapters are added in, and weights that two layers share move once."""
+    """EMA of a module's effective weights: adapters are added in."""
 
     def __init__(self, module: nn.Module, decay: float = 0.999, ramp: bool = True) -> None:
         module = copy.deepcopy(module)
@@ -32,20 +32,8 @@ class EffectiveEMA(EMA):
             module.network = merged(module.network)
         super().__init__(module, decay, ramp)
 
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        self.updates += 1
-        n = int(self.updates)
-        decay = min(self.decay, (1 + n) / (10 + n)) if self.ramp else self.decay
-        source, moved = effective_state(module), set()
-        for name, value in self.average.state_dict().items():
-            if value.data_ptr() in moved:
-                continue
-            moved.add(value.data_ptr())
-            if value.is_floating_point():
-                value.lerp_(source[name].to(value.dtype), 1 - decay)
-            else:
-                value.copy_(source[name])
+    def source(self, module: nn.Module) -> dict[str, Tensor]:
+        return effective_state(module)
 
 
 @torch.no_grad()
