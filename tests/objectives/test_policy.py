@@ -498,6 +498,16 @@ def test_mini_batches_cut_a_rollout_and_use_every_row_equally_often():
     assert (later.extra["version_B"] == 12).all()
 
 
+def test_micro_batches_keep_rollouts_of_their_own():
+    objective = real(updates_per_rollout=2)
+    parts = [Asked().batch(torch.tensor(rows)) for rows in ([0, 1], [2])]
+    seen = {step: [objective.collect(part, step) for part in parts] for step in (0, 1, 2)}
+    for step in seen:
+        assert [part.ids_B.tolist() for part in seen[step]] == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
+    same = lambda a, b: torch.equal(seen[a][1].sampled_logp_BT, seen[b][1].sampled_logp_BT)
+    assert same(0, 1) and not (seen[2][1].sampled_logp_BT.shape == seen[1][1].sampled_logp_BT.shape and same(1, 2))
+
+
 def test_rows_of_an_old_student_do_not_count():
     student, batch = Table(0), with_rewards(every_completion())
     batch.extra["version_B"] = torch.tensor([3, 4, 5] * 3)

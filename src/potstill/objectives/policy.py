@@ -215,8 +215,6 @@ class PolicyGradient(Objective):
         use = step % self.updates_per_rollout
         place = self._at[1] + 1 if self._at[0] == step else 0
         self._at = (step, place)
-        if use == place == 0:
-            self._kept = []
         if use == 0 or place >= len(self._kept):  # the latter where a loop begins in between
             self._kept[place:] = [replace(self.judged(self.rolled(batch, step), step), memo={})]
         kept = self._kept[place]

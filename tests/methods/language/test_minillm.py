@@ -148,6 +148,28 @@ def test_importance_weights_undo_the_mixing_at_a_token(single_step):
         assert_close(value, gradient(kl, student), rtol=1e-6, atol=1e-9)
 
 
+def test_the_papers_weight_is_on_both_parts():
+    student, teacher, batch = Table(0), Table(1), every_completion()
+    method = objective(student, teacher, teacher_mixed=0.4)
+    mixed, log_m = mixed_batch(student, teacher, batch, 0.4)
+    judged = method.judged(mixed, 0)
+    w = (logp_of(student, batch).detach() - log_m).exp()
+    kl = ReverseKL()(teacher_logp=rows_of(teacher, batch), student_logp=rows_of(student, batch))
+    assert_close(method.loss("student", judged, 0).terms["divergence"].mean(), (w * kl).sum() / 27)
+    plain = objective(student, teacher).judged(batch, 0).extra["advantage_BT"][batch.counted_BT]
+    assert_close(judged.extra["advantage_BT"][batch.counted_BT], w * plain)
+
+
+def test_the_codes_rewards_are_doubled_and_bounded():
+    student, teacher, batch = Table(0), Table(1), every_completion()
+    teacher.table.weight.data *= 40
+    r = 2 * (logp_of(teacher, batch) - logp_of(student, batch)).detach().view(-1, NEW)
+    assert (r.abs() > 100).any() and (r.abs() < 100).any()
+    judged = objective(student, teacher, variant="code", length_norm=False).judged(batch, 0)
+    to_come = to_go(r.clamp(-100, 100), torch.ones_like(r, dtype=torch.bool), False, gamma=0.95)
+    assert_close(judged.extra["advantage_BT"][:, 1:], (to_come - to_come.mean()) / to_come.std())
+
+
 def test_the_code_whitens_discounts_and_clips_the_weight_with_the_ratio():
     student, teacher, batch = Table(0), Table(1), every_completion()
     method = objective(
@@ -216,6 +238,22 @@ class Texts:
         counted = torch.ones_like(tokens, dtype=torch.bool)
         counted[:, 0] = False
         return TokenBatch(rows, tokens, torch.ones_like(counted), counted)
+
+
+def test_rollouts_are_of_the_mixture_and_weigh_no_more_than_it_allows():
+    student, teacher = model(0), model(1)
+    method = SequenceReverseKL(
+        student, LocalTeacher(teacher), optimizer=OptimizerSpec(), seed=3, variant="paper", teacher_mixed=0.2,
+        single_step=True, length_norm=True, rollouts=RolloutSpec(max_new_tokens=8, samples_per_prompt=8),
+    )  # fmt: skip
+    collected = method.collect(prompts(), 0)
+    log_q = student.counted_logits(collected).log_softmax(-1).gather(-1, collected.tokens_counted[:, None])[:, 0]
+    assert_close(collected.sampled_logp_BT[collected.counted_BT], log_q.detach(), rtol=1e-4, atol=1e-4)
+    w = collected.extra["importance_BT"][collected.counted_BT]
+    assert (w < 1 / 0.8 + 1e-4).all() and ((w - 1).abs() > 1e-2).any()
+    assert_close(
+        w, (log_q.detach() - collected.extra["mixed_logp_BT"][collected.counted_BT]).exp(), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("variant", ["paper", "code"])

@@ -170,6 +170,19 @@ def test_the_fused_gradient_is_the_sum_of_both():
     assert loss.metrics["w_2"].mean().item() == pytest.approx(wanted)
 
 
+def test_a_step_is_averaged_over_the_rows_that_have_it():
+    student, teacher, batch = Table(0), Table(1), trajectories()
+    batch.counted_BT[1, 5] = False  # one step is left
+    method = made(student, teacher)
+    collected = method.collect(batch, 0)
+    metrics = method.loss("student", collected, 0).metrics
+    steps = collected.extra["log_ratio_BT"].abs()
+    second = torch.stack([steps[0, 5:8].mean(), steps[2, 5:8].mean(), steps[3, 5]]).mean()
+    assert metrics["d_2"].count == 3 and metrics["d_3"].count == 0
+    assert metrics["d_2"].mean().item() == pytest.approx(second.item())
+    assert set(metrics) >= {f"{letter}_{k}" for letter in "dw" for k in range(1, 17)}
+
+
 def test_neutral_settings_are_its_parts():
     student, teacher, batch = Table(0), Table(1), trajectories()
     advantages = lambda **options: made(student, teacher, **options).collect(batch, 0).extra["advantage_BT"]
