@@ -30,9 +30,13 @@ def prompts() -> list[PromptBatch]:
     return [batch(0), batch(2)]
 
 
+def written(writer: CausalLM, tokens: int) -> list:
+    return [sample(writer, batch, max_new_tokens=tokens) for batch in prompts()]
+
+
 def test_means_and_places_by_hand():
     student, teacher = model(0), model(1)
-    found = own_states(student, teacher, prompts(), max_new_tokens=5, k=3, lengths=(2, 5))
+    found = own_states(student, teacher, written(student, 5), max_new_tokens=5, k=3, lengths=(2, 5))
     kl, nll, overlap = {}, {}, []
     for batch in prompts():
         out = sample(student, batch, max_new_tokens=5)
@@ -53,7 +57,7 @@ def test_means_and_places_by_hand():
 
 
 def test_a_student_that_is_its_teacher_overlaps_wholly():
-    found = own_states(model(0), model(0), prompts(), max_new_tokens=4)
+    found = own_states(model(0), model(0), written(model(0), 4), max_new_tokens=4)
     assert found["top_overlap"] == 1.0
     assert max(x for x in found["by_place"] if x is not None) < 1e-9
     assert found["student_entropy"] == pytest.approx(found["teacher_entropy"])
@@ -67,7 +71,7 @@ def test_different_n_grams():
 
 def test_lengths_beyond_the_samples_are_refused():
     with pytest.raises(DataError, match="lengths up to 9 are asked"):
-        own_states(model(0), model(1), prompts(), max_new_tokens=4, lengths=(9,))
+        own_states(model(0), model(1), written(model(0), 4), max_new_tokens=4, lengths=(9,))
 
 
 def test_answers_are_graded_by_row_and_counted():

@@ -4,32 +4,31 @@ B samples, R places (the r-th token of a sample), N tokens in all, V vocabulary;
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from potstill.contracts.batch import PromptBatch
+from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import DataError
 from potstill.divergences import ReverseKL, entropy, log_probs
-from potstill.evaluation.text import watched
 from potstill.models.causal import CausalLM, evaluating, shared_vocabulary
-from potstill.rollouts.local import completions_of, sample
+from potstill.rollouts.local import completions_of
 
 
 @torch.no_grad()
 def own_states(
     student: CausalLM,
     teacher: CausalLM,
-    prompts: Sequence[PromptBatch],
+    rollouts: Iterable[TokenBatch],
     *,
     max_new_tokens: int,
     k: int = 16,
     lengths: Sequence[int] = (),
-    seed: int = 0,
 ) -> dict[str, Any]:
-    """Means over the tokens of the student's own samples at temperature 1, and how they run along a sample.
+    """Means over the tokens of the student's own samples at temperature 1, of at most `max_new_tokens`, and how they run
+    along a sample.
 
     top_overlap: share of the k likeliest tokens that both name. student_entropy, teacher_entropy. distinct_1 and
     distinct_2: different n-grams over all n-grams, of all samples together. sample_tokens: mean length.
@@ -46,8 +45,7 @@ def own_states(
     kl_R, nll_R, count_R = (torch.zeros(max_new_tokens, dtype=torch.float64) for _ in range(3))
     samples: list[list[int]] = []
     with evaluating(student, teacher):
-        for batch in watched(prompts, "own samples"):
-            out = sample(student, batch, max_new_tokens=max_new_tokens, seed=seed)
+        for out in rollouts:
             samples += completions_of(out)
             log_q = log_probs(student.counted_logits(out)[:, :words])
             log_p = log_probs(teacher.counted_logits(out.to(teacher.device))[:, :words]).to(log_q.device)

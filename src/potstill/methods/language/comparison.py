@@ -10,11 +10,11 @@ from potstill.contracts.batch import PromptBatch, TokenBatch
 from potstill.evaluation.states import own_states
 from potstill.evaluation.text import (
     compare,
-    compare_on_rollouts,
     generation_speed,
     graded,
     size,
     token_divergences,
+    watched,
 )
 from potstill.objectives.tokens import TokenDistillation
 from potstill.rollouts.local import completions_of, sample
@@ -135,10 +135,16 @@ def _measure(run: Run, students: Mapping[str, Any], teacher: Any, lengths: Seque
     shown = _first(prompts[0])
     rows: list[list[Any]] = []
     answers: list[list[Any]] = []
+    written: list[TokenBatch] = []
     metrics: dict[str, float] = {}
     for name, model in students.items():
         on_text = compare(model, teacher, batches)
-        own = compare_on_rollouts(model, teacher, prompts, max_new_tokens=tokens, seed=run.seed)
+        rollouts = [
+            sample(model, batch, max_new_tokens=tokens, seed=run.seed) for batch in watched(prompts, "rollouts")
+        ]
+        own = compare(model, teacher, rollouts)
+        if name == "student after":
+            written = rollouts
         row = [on_text["student_perplexity"], on_text["forward_kl"], on_text["reverse_kl"], on_text["agreement"]]
         row += [own["reverse_kl"], *_cost(model, shown, tokens)]
         rows.append([name, *row])
@@ -159,10 +165,10 @@ def _measure(run: Run, students: Mapping[str, Any], teacher: Any, lengths: Seque
     cost = _cost(teacher, shown, tokens)
     rows.insert(0, ["teacher", metrics["teacher_perplexity"], 0.0, 0.0, 1.0, 0.0, *cost])
     metrics |= size(students["student after"])
-    longest = max([tokens, *lengths])
-    states = own_states(
-        students["student after"], teacher, prompts, max_new_tokens=longest, k=TOP, lengths=lengths, seed=run.seed
-    )
+    after, longest = students["student after"], max([tokens, *lengths])
+    if longest > tokens:
+        written = [sample(after, batch, max_new_tokens=longest, seed=run.seed) for batch in prompts]
+    states = own_states(after, teacher, written, max_new_tokens=longest, k=TOP, lengths=lengths)
     metrics |= {name: value for name, value in states.items() if name != "by_place"}
     return {
         "rows": rows,
