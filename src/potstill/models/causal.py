@@ -32,6 +32,7 @@ from potstill.contracts.errors import DataError, ModelError
 from potstill.contracts.signals import HiddenAndHead
 from potstill.models.lora import add_lora, merged
 from potstill.models.spec import LoraSpec
+from potstill.models.tokenizers import pad_id
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -104,9 +105,7 @@ class CausalLM(nn.Module):
 
     @property
     def pad_id(self) -> int:
-        """Any token serves as padding, since masks alone say what counts."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(i for i in known if i is not None)
+        return pad_id(self.tokenizer)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

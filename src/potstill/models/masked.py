@@ -28,6 +28,7 @@ from transformers import (
 from potstill.contracts.errors import ModelError
 from potstill.models.lora import add_lora, merged
 from potstill.models.spec import LoraSpec
+from potstill.models.tokenizers import pad_id
 from potstill.noise.masked import ancestral, subs_log_probs
 
 MASK_TOKEN = "<|mask|>"
@@ -93,9 +94,7 @@ class MaskedLM(nn.Module):
 
     @property
     def pad_id(self) -> int:
-        """Any token serves as padding, since masks alone say what counts."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(i for i in known if i is not None)
+        return pad_id(self.tokenizer)
 
     @property
     def length(self) -> int:

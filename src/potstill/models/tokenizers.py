@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from potstill.contracts.errors import DataError
 
@@ -14,6 +14,12 @@ SPECIAL = {
     "unk_token": "<unk>",
     "mask_token": "<mask>",
 }
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills padding; masks alone say what counts, so any will do where the tokenizer names none."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in known if i is not None)
 
 
 def character_tokenizer(texts: str | Iterable[str], mask: bool = True) -> PreTrainedTokenizerFast:

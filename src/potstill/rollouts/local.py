@@ -5,7 +5,6 @@ argmax_v log q(v) + g(seed, i, t, v) with standard Gumbel g (Gumbel-max): an exa
 named integers alone.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from potstill.contracts import keyed
 from potstill.contracts.batch import PromptBatch, TokenBatch
 from potstill.contracts.errors import DataError
 from potstill.models.causal import CausalLM, evaluating
+from potstill.models.sampling import truncated
 
 
 def sampling_logp(logits: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
@@ -28,17 +28,7 @@ def sampling_logp(logits: Tensor, *, temperature: float = 1.0, top_p: float = 1.
             f"Sampling needs temperature > 0, 0 < top_p <= 1 and top_k >= 0, got {temperature}, {top_p} and {top_k}. "
             "For the most likely token write greedy."
         )
-    logp = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
-    if top_k == 0 and top_p == 1.0:
-        return logp
-    ranked, order = logp.sort(dim=-1, descending=True, stable=True)
-    if 0 < top_k < logp.shape[-1]:
-        ranked[..., top_k:] = -math.inf
-        ranked = ranked.log_softmax(-1)
-    if top_p < 1.0:
-        mass_before = ranked.exp().cumsum(-1) - ranked.exp()
-        ranked = ranked.masked_fill(mass_before >= top_p, -math.inf).log_softmax(-1)
-    return torch.full_like(logp, -math.inf).scatter(-1, order, ranked)
+    return truncated(logits, temperature, top_p, top_k)
 
 
 def draw(logp_BV: Tensor, seed: int, ids_B: Tensor, position: Tensor | int) -> Tensor:

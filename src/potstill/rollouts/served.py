@@ -17,6 +17,7 @@ from potstill.contracts import keyed
 from potstill.contracts.batch import PromptBatch, TokenBatch
 from potstill.contracts.errors import DataError, ModelError, RecipeError
 from potstill.models.spec import ServedSpec
+from potstill.models.tokenizers import pad_id
 from potstill.rollouts.local import joined, left_padded, repeated
 from potstill.serving.client import Client
 
@@ -43,8 +44,7 @@ class ServedPolicy:
 
     @property
     def pad_id(self) -> int:
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(i for i in known if i is not None)
+        return pad_id(self.tokenizer)
 
     def sample(
         self,

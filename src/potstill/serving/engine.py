@@ -26,6 +26,7 @@ from torch import Tensor
 from potstill.contracts import keyed
 from potstill.contracts.errors import ModelError
 from potstill.models.causal import CausalLM
+from potstill.models.sampling import truncated
 
 CHUNK = 2**22  # log-probs that are held at once for the places of a prompt
 WAITING = 4096  # choices that may wait before more are turned away
@@ -133,17 +134,8 @@ def places(logp_NV: Tensor, tokens_N: Tensor, k: int) -> list[Place]:
 
 
 def processed(logits_BV: Tensor, temperature_B: Tensor, top_p_B: Tensor, top_k_B: Tensor) -> Tensor:
-    """Log-probs that are sampled from: each row tempered, cut to its top_k (0 keeps all), then to the smallest set of
-    likeliest tokens whose mass reaches its top_p, and renormalised. -inf outside."""
-    logp = (logits_BV / temperature_B[:, None]).log_softmax(-1)
-    if not (top_k_B > 0).any() and not (top_p_B < 1).any():
-        return logp
-    ranked, order = logp.sort(dim=-1, descending=True, stable=True)
-    after = torch.arange(logp.shape[-1], device=logp.device) >= top_k_B[:, None]
-    ranked = ranked.masked_fill(after & (top_k_B > 0)[:, None], -math.inf).log_softmax(-1)
-    before = ranked.exp().cumsum(-1) - ranked.exp()
-    ranked = ranked.masked_fill((before >= top_p_B[:, None]) & (top_p_B < 1)[:, None], -math.inf).log_softmax(-1)
-    return torch.full_like(logp, -math.inf).scatter(-1, order, ranked)
+    """Log-probs that are sampled from, each row by its own settings."""
+    return truncated(logits_BV, temperature_B[:, None], top_p_B[:, None], top_k_B[:, None])
 
 
 def not_finite(where: str) -> Refusal:

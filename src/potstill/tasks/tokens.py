@@ -14,6 +14,7 @@ from torch import Tensor
 
 from potstill.contracts.batch import PromptBatch, TokenBatch
 from potstill.contracts.errors import DataError, ModelError
+from potstill.models.tokenizers import pad_id
 from potstill.tasks.base import sample_ids
 
 if TYPE_CHECKING:
@@ -32,12 +33,6 @@ def padded(rows: Sequence[Sequence[int]], fill: int, side: str) -> tuple[Tensor,
         tokens_BT[b, place] = torch.tensor(row, dtype=torch.int64)
         attention_BT[b, place] = True
     return tokens_BT, attention_BT
-
-
-def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token that fills padding; it is never attended to, so any will do where the tokenizer names none."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(i for i in known if i is not None)
 
 
 class TokenRows:
