@@ -22,10 +22,10 @@ from potstill.objectives.token_terms import (
     RankingTerm,
     RowTransport,
     SinkhornTerm,
-    TermedDistillation,
     problems,
     sequence_means,
 )
+from potstill.objectives.tokens import TokenDistillation
 from potstill.weighting import EarlyPrefix, EntropyTop, Opener, SampledShare, Uniform
 
 V = 7
@@ -348,7 +348,7 @@ def test_half_precision_is_computed_in_float32():
 
 
 def test_what_looks_at_the_whole_batch_may_not_be_cut(lm):
-    of = lambda *extras: TermedDistillation(*lm, ForwardKL(), optimizer=OptimizerSpec(), seed=0, extras=extras).couples
+    of = lambda *extras: TokenDistillation(*lm, ForwardKL(), optimizer=OptimizerSpec(), seed=0, extras=extras).couples
     assert of() == of(RankingTerm(selection=Opener()), EntropyTerm()) == "position"
     assert of(SinkhornTerm()) == of(EntropyTerm(1.0, EntropyTop(0.5, scope="batch"))) == "batch"
 

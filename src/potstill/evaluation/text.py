@@ -152,6 +152,17 @@ def compare_on_rollouts(
     return _compare(student, teacher, rollouts, temperature)
 
 
+def answered(
+    model: CausalLM, prompts: Iterable[PromptBatch], grade: Callable[[Any, str], float], **sampling: Any
+) -> Iterator[tuple[list[float], list[list[int]]]]:
+    """Of each batch the marks and the tokens of a model's answers; `sampling` is that of `rollouts.local.sample`."""
+    for batch in watched(prompts, "answers"):
+        out = sample(model, batch, **sampling)
+        answers = completions_of(out)
+        texts = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        yield [float(grade(row, text)) for row, text in zip(out.extra["rows"], texts, strict=True)], answers
+
+
 def graded(
     model: CausalLM,
     prompts: Sequence[PromptBatch],
@@ -168,13 +179,8 @@ def graded(
     """
     scores: list[list[float]] = []
     lengths: list[int] = []
-    for batch in watched(prompts, "answers"):
-        out = sample(
-            model, batch, max_new_tokens=max_new_tokens, greedy=samples == 1, seed=seed, samples_per_prompt=samples
-        )
-        answers = completions_of(out)
-        texts = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        marks = [grade(row, text) for row, text in zip(out.extra["rows"], texts, strict=True)]
+    how = {"max_new_tokens": max_new_tokens, "greedy": samples == 1, "seed": seed, "samples_per_prompt": samples}
+    for marks, answers in answered(model, prompts, grade, **how):
         scores += [marks[i : i + samples] for i in range(0, len(marks), samples)]
         lengths += [len(answer) for answer in answers]
     _some(len(lengths))

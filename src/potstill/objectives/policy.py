@@ -32,9 +32,12 @@ from potstill.objectives.states import (
     Rows,
     TokenStates,
     TokenTerm,
-    _linear_nll,
+    average_of,
     by_rows,
+    coupling,
     nll,
+    positions_of,
+    scored,
     signal_of,
     token_logp,
 )
@@ -198,7 +201,7 @@ class PolicyGradient(Objective):
 
     @property
     def couples(self) -> Literal["position", "group", "batch"]:  # type: ignore[override]
-        return "batch" if self.weighting.couples == "batch" else "position"
+        return coupling(self.weighting, *self.extras)
 
     @property
     def players(self) -> dict[str, Player]:
@@ -293,17 +296,14 @@ class PolicyGradient(Objective):
 
     def _positions(self, batch: TokenBatch, rows: Rows, step: int) -> Positions:
         """What the weighting reads."""
-        known: dict[str, Any] = {}
+        seen = {}
         if "log_ratio_BT" in batch.extra:
-            known["log_ratio_BR"] = rows.spread(batch.extra["log_ratio_BT"][batch.counted_BT])
-        known["segment_BR"] = rows.spread(batch.extra["segment_BT"][batch.counted_BT])
+            seen["log_ratio"] = batch.extra["log_ratio_BT"][batch.counted_BT]
         if set(self.weighting.needs) & {f"{name}_BR" for name in (*ALSO, "student_entropy", "teacher_entropy")}:
-            known |= {f"{name}_BR": rows.spread(values) for name, values in self._compared(batch, rows).items()}
-        if "noise_BR" in self.weighting.needs:
-            place_1R = torch.arange(rows.mask_BR.shape[1], device=rows.mask_BR.device)[None]
-            known["noise_BR"] = keyed.uniform(keyed.key(self.seed, "selection", step), batch.ids_B[:, None], place_1R)
-        errors, rewards = batch.extra.get("first_error"), batch.extra.get("reward")
-        return StepPositions(rows.mask_BR, reward_B=rewards, group=self.group, first_error_B=errors, **known)
+            seen |= self._compared(batch, rows)
+        key, errors_B = keyed.key(self.seed, "selection", step), batch.extra.get("first_error")
+        more: dict[str, Any] = {"of": StepPositions, "group": self.group, "first_error_B": errors_B}
+        return positions_of(batch, rows, seen, self.weighting.needs, key, **more)
 
     def _compared(self, batch: TokenBatch, rows: Rows) -> dict[str, Tensor]:
         """Divergences and entropies of whole rows of teacher and student, [N] each, a piece of the positions at a time."""
@@ -349,7 +349,9 @@ class PolicyGradient(Objective):
         counted, rows = batch.counted_BT, Rows.of(batch.counted_BT)
         hidden_ND = self.student.counted_hidden(batch)
         states = self._states(batch, rows, hidden_ND, teacher=self.teacher is not None and bool(self.extras))
-        logp_N, entropy_N = self._scored(states)
+        logp_N, entropy_N = scored(
+            self.student, hidden_ND, states.tokens_N, temperature=self.temperature, entropy_graph=bool(self.entropy)
+        )
         values_N, stopped_N = clipped(
             logp_N - batch.sampled_logp_BT[counted], batch.extra["advantage_BT"][counted], self.clip
         )
@@ -383,28 +385,12 @@ class PolicyGradient(Objective):
         return Loss(terms, metrics, positions)
 
     def _states(self, batch: TokenBatch, rows: Rows, hidden_ND: Tensor, teacher: bool = False) -> TokenStates:
-        length_N = rows.mask_BR.sum(1)[rows.row_N].float()
-        share_N = {
-            "token": torch.ones_like(length_N),
-            "sequence": 1 / length_N,
-            "constant": torch.full_like(length_N, 1 / (self.length or 1)),
-        }[self.average]
+        share_N, count = average_of(rows, self.average, self.length)
         unit = "token" if self.average == "token" else "sequence"
-        count = length_N.new_tensor(float(len(length_N))) if unit == "token" else rows.mask_BR.any(1).sum().float()
         return TokenStates(
             self.student, batch, rows, batch.tokens_counted, hidden_ND, share_N, count, unit, self.shared,
             signal=signal_of(self.teacher, batch) if teacher else None,
         )  # fmt: skip
-
-    def _scored(self, states: TokenStates) -> tuple[Tensor, Tensor]:
-        """(log q of the counted tokens [N], with a gradient; the student's entropy [N], with one where it is a term)."""
-        if self.student.has_linear_head and not self.entropy:
-            out = _linear_nll(self.student, states.hidden_ND, states.tokens_N, None, self.temperature, None, True)
-            assert out.student_entropy is not None
-            return -out.values, out.student_entropy
-        logits_NV, tokens_N = self.student.head(states.hidden_ND), states.tokens_N
-        logp_N = -by_rows(lambda some, where: nll(some, tokens_N[where], self.temperature), logits_NV)
-        return logp_N, by_rows(lambda some, where: entropy(log_probs(some, self.temperature)), logits_NV)
 
     # ---------------------------------------------------------------- what a killed run goes on with
 

@@ -3,19 +3,21 @@
 N counted positions of a batch, in rows [B, R] where they are wanted by response, R the longest; V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from potstill.contracts import keyed
 from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import SignalError
 from potstill.contracts.signals import FullLogits, HiddenAndHead, Signal, TokenLogp, TopKLogp
 from potstill.contracts.terms import Term
-from potstill.divergences import ForwardKL, LinearDivergence, TopK, linear_divergence, log_probs
+from potstill.divergences import ForwardKL, LinearDivergence, TopK, entropy, linear_divergence, log_probs
+from potstill.weighting import Positions
 
 CHUNK = 2**20  # logits that go through the row-wise work at once
 
@@ -134,6 +136,58 @@ def nll(logits_MV: Tensor, tokens_M: Tensor, temperature: float = 1.0) -> Tensor
     return -log_probs(logits_MV, temperature).gather(-1, tokens_M[:, None])[:, 0]
 
 
+def scored(
+    student: Any, hidden_ND: Tensor, tokens_N: Tensor, *, temperature: float = 1.0, entropy_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    """log q of tokens, differentiable, and the student's entropy there, detached unless `entropy_graph`. [N] each."""
+    if student.has_linear_head and not entropy_graph:
+        out = _linear_nll(student, hidden_ND, tokens_N, None, temperature, None, True)
+        assert out.student_entropy is not None
+        return -out.values, out.student_entropy
+    logits_NV = student.head(hidden_ND)
+    logp_N = by_rows(lambda some, where: -nll(some, tokens_N[where], temperature), logits_NV)
+    return logp_N, by_rows(lambda some, where: entropy(log_probs(some, temperature)), logits_NV)
+
+
+def average_of(rows: Rows, average: str, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """What each position counts for in an average [N], and what the sum is divided by.
+
+    "token" divides by all counted positions, "sequence" averages over each row first, "constant" divides every row by one
+    `length`.
+    """
+    length_N = rows.mask_BR.sum(1)[rows.row_N].float()
+    if average == "token":
+        return torch.ones_like(length_N), length_N.new_tensor(float(len(length_N)))
+    share_N = 1 / length_N if average == "sequence" else torch.full_like(length_N, 1 / (length or 1))
+    return share_N, rows.mask_BR.any(1).sum().float()
+
+
+def positions_of(
+    batch: TokenBatch, rows: Rows, seen: Mapping[str, Tensor], needs: Sequence[str], key: int, *,
+    of: type[Positions] = Positions, **more: Any,
+) -> Positions:  # fmt: skip
+    """What a weighting that has these needs may read: what was `seen` [N], and what the batch carries.
+
+    key: of random selections, which are a function of it, the sample and the place. of, more: a larger kind of Positions.
+    """
+    known: dict[str, Any] = {f"{name}_BR": rows.spread(values) for name, values in seen.items()}
+    if "segment_BT" in batch.extra:
+        known["segment_BR"] = rows.spread(batch.extra["segment_BT"][batch.counted_BT])
+    if "context_logp_KBT" in batch.extra:
+        known["context_logp_KBR"] = torch.stack(
+            [rows.spread(logp_BT[batch.counted_BT]) for logp_BT in batch.extra["context_logp_KBT"]]
+        )
+    if "noise_BR" in needs:
+        place_1R = torch.arange(rows.mask_BR.shape[1], device=rows.mask_BR.device)[None]
+        known["noise_BR"] = keyed.uniform(key, batch.ids_B[:, None], place_1R)
+    return of(rows.mask_BR, reward_B=batch.extra.get("reward"), **known, **more)
+
+
+def coupling(*parts: Any) -> Literal["position", "batch"]:
+    """How far an objective looks with these weightings and terms."""
+    return "batch" if any(part.couples == "batch" for part in parts) else "position"
+
+
 def signal_of(teacher: Any, batch: TokenBatch, estimator_needs: type[Signal] = FullLogits) -> Signal:
     """What a teacher says of the batch's positions, asked once a batch: the most that costs least."""
     if HiddenAndHead in teacher.gives and getattr(teacher.model, "has_linear_head", False):
@@ -191,11 +245,13 @@ class TokenStates:
 class TokenTerm:
     """Base of a further term of token distillation, on the same states: ranking, entropy, features, contrast ...
 
-    A subclass is a small frozen dataclass with a `coefficient`; `needs` names what it reads of `TokenStates.seen`.
+    A subclass is a small frozen dataclass with a `coefficient`; `needs` names what it reads of `TokenStates.seen`, and
+    `couples` says how far it looks: within a row, or over the whole batch, which then must not be cut.
     """
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    couples: ClassVar[Literal["row", "batch"]] = "row"
     coefficient: float = 1.0
 
     def __call__(self, states: TokenStates) -> Term:

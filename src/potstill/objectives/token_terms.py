@@ -4,7 +4,7 @@ p teacher, q student. N counted positions, M of them selected, K candidates, V v
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,18 +14,8 @@ from potstill.contracts.errors import ModelError, RecipeError
 from potstill.contracts.terms import Term
 from potstill.divergences import Sinkhorn, entropy, list_mle, log_probs, teacher_order
 from potstill.divergences.family import one_of
-from potstill.objectives.states import Rows, TokenStates, TokenTerm, by_rows
-from potstill.objectives.tokens import TokenDistillation
-from potstill.weighting import EntropyTop, Positions, Uniform, Weighting
-
-
-class TermedDistillation(TokenDistillation):
-    """Token distillation whose batch may not be cut where one of its terms looks at all of it."""
-
-    @property
-    def couples(self) -> Literal["position", "group", "batch"]:  # type: ignore[override]
-        whole = any(getattr(term, "couples", "row") == "batch" for term in self.extras)
-        return "batch" if whole else super().couples
+from potstill.objectives.states import Rows, TokenStates, TokenTerm, by_rows, positions_of
+from potstill.weighting import EntropyTop, Uniform, Weighting
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,7 @@ class SelectedTerm(TokenTerm):
         return tuple(name.removesuffix("_BR") for name in self.selection.needs)
 
     @property
-    def couples(self) -> Literal["row", "batch"]:
+    def couples(self) -> Literal["row", "batch"]:  # type: ignore[override]
         return self.selection.couples
 
     def values(self, states: TokenStates, where_M: Tensor) -> Tensor:
@@ -52,11 +42,8 @@ class SelectedTerm(TokenTerm):
 
     def __call__(self, states: TokenStates) -> Term:
         rows = states.rows
-        known: dict[str, Any] = {f"{name}_BR": rows.spread(values) for name, values in states.seen.items()}
-        if "noise_BR" in self.selection.needs:
-            place_1R = torch.arange(rows.mask_BR.shape[1], device=rows.mask_BR.device)[None]
-            known["noise_BR"] = keyed.uniform(keyed.key(self.name), states.batch.ids_B[:, None], place_1R)
-        weights_N = rows.gather(self.selection(Positions(rows.mask_BR, **known)))
+        seen = positions_of(states.batch, rows, states.seen, self.selection.needs, keyed.key(self.name))
+        weights_N = rows.gather(self.selection(seen))
         where_M = weights_N.nonzero()[:, 0]
         values_M = self.values(states, where_M)
         count = torch.tensor(float(len(where_M)), device=values_M.device)

@@ -31,7 +31,18 @@ from potstill.divergences import (
     log_probs,
 )
 from potstill.models.ema import EMA
-from potstill.objectives.states import Rows, TokenStates, TokenTerm, by_rows, signal_of, token_logp, weighted_nll
+from potstill.objectives.states import (
+    Rows,
+    TokenStates,
+    TokenTerm,
+    average_of,
+    by_rows,
+    coupling,
+    positions_of,
+    signal_of,
+    token_logp,
+    weighted_nll,
+)
 from potstill.rollouts.groups import group_advantages
 from potstill.rollouts.local import completions_of, sample
 from potstill.teachers.local import LocalTeacher, check_vocabulary
@@ -154,7 +165,7 @@ class TokenDistillation(Objective):
 
     @property
     def couples(self) -> Literal["position", "group", "batch"]:  # type: ignore[override]
-        return "batch" if self.weighting.couples == "batch" else "position"
+        return coupling(self.weighting, *self.extras)
 
     @property
     def players(self) -> dict[str, Player]:
@@ -225,7 +236,7 @@ class TokenDistillation(Objective):
     def _states(self, batch: TokenBatch) -> TokenStates:
         rows, tokens_N = Rows.of(batch.counted_BT), batch.tokens_counted
         hidden_ND = self.student.counted_hidden(batch)
-        share_N, count = self._average(rows)
+        share_N, count = average_of(rows, self.average)
         return TokenStates(
             self.student, batch, rows, tokens_N, hidden_ND, share_N, count, self.average, self.shared,
             signal=None if self.teacher is None else self._signal(self.teacher, batch),
@@ -250,20 +261,9 @@ class TokenDistillation(Objective):
 
     def _positions(self, states: TokenStates, step: int) -> Positions:
         """What the weighting reads."""
-        batch, rows = states.batch, states.rows
-        known: dict[str, Any] = {f"{name}_BR": rows.spread(values) for name, values in states.seen.items()}
-        if "segment_BT" in batch.extra:
-            known["segment_BR"] = rows.spread(batch.extra["segment_BT"][batch.counted_BT])
-        if "context_logp_KBT" in batch.extra:
-            known["context_logp_KBR"] = torch.stack(
-                [rows.spread(logp_BT[batch.counted_BT]) for logp_BT in batch.extra["context_logp_KBT"]]
-            )
-        if "noise_BR" in self.weighting.needs:
-            ids_B1 = batch.ids_B[:, None]
-            place_1R = torch.arange(rows.mask_BR.shape[1], device=ids_B1.device)[None]
-            known["noise_BR"] = keyed.uniform(keyed.key(self.seed, "selection", step), ids_B1, place_1R)
         group = self.rollouts.samples_per_prompt if self.rollouts is not None else 1
-        return Positions(rows.mask_BR, reward_B=batch.extra.get("reward"), group=group, **known)
+        key = keyed.key(self.seed, "selection", step)
+        return positions_of(states.batch, states.rows, states.seen, self.weighting.needs, key, group=group)
 
     @property
     def _also(self) -> list[str]:
@@ -368,13 +368,6 @@ class TokenDistillation(Objective):
             self.ema.update(self.student)
         if self.teacher_state is not None:
             cast(Any, self.teacher).after_step(self.student, step)
-
-    def _average(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """What each position counts for in the average [N], and what the sum is divided by."""
-        length_N = rows.mask_BR.sum(1)[rows.row_N].float()
-        if self.average == "token":
-            return torch.ones_like(length_N), length_N.new_tensor(float(len(length_N)))
-        return 1 / length_N, rows.mask_BR.any(1).sum().float()
 
     def _sampled(self, batch: TokenBatch) -> Tensor | None:
         """What another policy gave its tokens; the student's own samples of this step need no reweighting."""

@@ -16,7 +16,7 @@ from potstill.divergences import ForwardKL, JensenShannon
 from potstill.methods.language.tsd_kd import TSDKD, BatchOpener
 from potstill.models.causal import CausalLM
 from potstill.models.tokenizers import character_tokenizer
-from potstill.objectives.token_terms import EntropyTerm, RankingTerm, TermedDistillation
+from potstill.objectives.token_terms import EntropyTerm, RankingTerm
 from potstill.objectives.tokens import RolloutSpec, TokenDistillation
 from potstill.run import Run, open_folder
 from potstill.teachers import LocalTeacher
@@ -40,9 +40,9 @@ def batch():
     return TokenBatch(torch.arange(3), tokens, attention, attention & (torch.arange(12) >= 2))
 
 
-def objective(config: TSDKD, student=None, teacher=None) -> TermedDistillation:
+def objective(config: TSDKD, student=None, teacher=None) -> TokenDistillation:
     """What the method builds of a config."""
-    return TermedDistillation(
+    return TokenDistillation(
         student or lm(0, 20.0), LocalTeacher(teacher or lm(1, 20.0)), config.divergence, optimizer=OptimizerSpec(), seed=0,
         weighting=RelativeConfidence(config.tau) if config.gate else Uniform(), distillation=config.direct,
         average=config.average, extras=config.terms(),
@@ -179,7 +179,7 @@ def test_a_teacher_that_gives_its_top_k_alone_cannot_rank():
             logp = LocalTeacher(self.model).score(rows, FullLogits).logits.log_softmax(-1).topk(3)
             return TopKLogp(logp.values, logp.indices)
 
-    made = TermedDistillation(lm(0), Few(lm(1)), ForwardKL(), optimizer=OptimizerSpec(), seed=0, extras=TSDKD().terms())
+    made = TokenDistillation(lm(0), Few(lm(1)), ForwardKL(), optimizer=OptimizerSpec(), seed=0, extras=TSDKD().terms())
     with pytest.raises(SignalError, match="needs the teacher's whole logits, and it gives TopKLogp"):
         made.loss("student", batch(), 0)
 

@@ -182,10 +182,10 @@ def test_a_packaged_student_starts_from_what_is_known(tmp_path, monkeypatch, qui
         made["base"] = CausalLM.PACKAGED[spec.name](tokenizer=context["tokenizer"], **spec.options)
         return made["base"]
 
-    monkeypatch.setattr(module, "trained", trained)
+    monkeypatch.setattr("potstill.methods.language.graded.trained", trained)
     packaged = {"name": "llama-tiny", "options": {"width": 16}}
     plan = plan_of(packaged, **{"method.known": known})
-    student = module.begin(Run(plan, tmp_path / "a"), plan.config)
+    student = module.begun(Run(plan, tmp_path / "a"), plan.config.known)
     assert made["source"] == "facts-known"
     for x, y in zip(student.parameters(), made["base"].parameters(), strict=True):
         assert torch.equal(x, y)

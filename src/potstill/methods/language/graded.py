@@ -8,10 +8,10 @@ from torch import Tensor
 
 from potstill.contracts import keyed
 from potstill.contracts.errors import RecipeError
+from potstill.evaluation.text import answered
 from potstill.models.build import is_packaged
 from potstill.models.spec import ModelSpec
 from potstill.objectives.tokens import RolloutSpec, TokenDistillation
-from potstill.rollouts.local import completions_of, sample
 from potstill.run import Run, trained
 from potstill.tasks.sources import load, validate
 from potstill.tasks.tokens import token_rows
@@ -54,26 +54,15 @@ def _rows_of(run: Run, field: str) -> Any:
     return token_rows("prompts", rows, run.context["tokenizer"], run.plan.data.length)
 
 
-@torch.no_grad()
 def grades(
     model: Any, prompts: Any, grade: Grade, rollouts: RolloutSpec, *, samples: int, seed: int, limit: int | None = None,
     batch: int = 256,
 ) -> Tensor:  # fmt: skip
     """Grades of `samples` completions of each prompt (or of the first `limit`), [P, samples]."""
-    found: list[float] = []
-    for rows in torch.arange(min(len(prompts), limit or len(prompts))).split(max(1, batch // samples)):
-        out = sample(
-            model,
-            prompts.batch(rows),
-            max_new_tokens=rollouts.max_new_tokens,
-            temperature=rollouts.temperature,
-            top_p=rollouts.top_p,
-            top_k=rollouts.top_k,
-            samples_per_prompt=samples,
-            seed=keyed.key(seed, "grades"),
-        )
-        texts = model.tokenizer.batch_decode(completions_of(out), skip_special_tokens=True)
-        found += [float(grade(row, text)) for row, text in zip(out.extra["rows"], texts, strict=True)]
+    numbers = torch.arange(min(len(prompts), limit or len(prompts)))
+    batches = [prompts.batch(rows) for rows in numbers.split(max(1, batch // samples))]
+    how = {**rollouts.model_dump(), "samples_per_prompt": samples, "seed": keyed.key(seed, "grades")}
+    found = [mark for marks, _ in answered(model, batches, grade, **how) for mark in marks]
     return torch.tensor(found).view(-1, samples)
 
 

@@ -31,6 +31,7 @@ from potstill.contracts.spec import MethodConfig, Part
 from potstill.divergences import Exact, FDivergence, Full, JensenShannon, ReverseKL, Support
 from potstill.methods import Role, method
 from potstill.methods.language.comparison import compared, start_of
+from potstill.methods.language.graded import warm_start
 from potstill.models.build import is_packaged
 from potstill.objectives.panels import PanelDistillation
 from potstill.objectives.tokens import RolloutSpec, TokenDistillation
@@ -153,15 +154,13 @@ def mad_opd(run: Run, config: MADOPD) -> Result:
     if config.variant == "opd" and config.teacher >= len(teachers):
         raise RecipeError(f"method.teacher {config.teacher} is none of the {len(teachers)} teachers, from 0.")
     optimizer = run.train.optimizer_spec()
-    alone: dict[str, Any] = {"cross_entropy": 1.0, "seed": run.seed}
-    if config.warm_start:
-        lr = config.warm_start_lr or run.train.lr
-        text = TokenDistillation(student, None, optimizer=optimizer.model_copy(update={"lr": lr}), **alone)
-        run.fit(text, run.tokens(), stage="warm start", steps=config.warm_start, lr=lr)
+    warm_start(run, student, config.warm_start, config.warm_start_lr)
     before = start_of(student)
     if config.variant == "mt_seqkd":
         stored = run.stage("written", written, run, teachers, config)["rows"]
-        copying = TokenDistillation(student, None, optimizer=optimizer, average="sequence", **alone)
+        copying = TokenDistillation(
+            student, None, cross_entropy=1.0, optimizer=optimizer, seed=run.seed, average="sequence"
+        )
         run.fit(copying, TokenRows(stored, student.pad_id))
         return compared(run, before=before, teacher=teachers[0].model)
     panel: list[Any] = teachers if config.variant != "opd" else [teachers[config.teacher]]

@@ -27,10 +27,13 @@ def written(run: Run, make: Callable[[], Env], rows: Sequence[Mapping[str, Any]]
     return transcripts(rows, make, run.context["tokenizer"], run.plan.data.length)
 
 
-def cold_start(run: Run, make: Callable[[], Env], steps: int, lr: float | None = None, rows: int | None = None) -> None:
+def cold_start(
+    run: Run, make: Callable[[], Env], steps: int, lr: float | None = None, rows: int | None = None,
+    batch: int | None = None,
+) -> None:  # fmt: skip
     """Steps of imitation of the source's own transcripts (of the first `rows`): the stage "warm start"."""
     if steps:
-        changes: dict[str, Any] = {"steps": steps, "lr": lr or run.train.lr}
+        changes: dict[str, Any] = {"steps": steps, "lr": lr or run.train.lr, "batch": batch or run.train.batch}
         run.fit(imitation(run, lr), written(run, make, run.source.train[:rows]), stage="warm start", **changes)
 
 

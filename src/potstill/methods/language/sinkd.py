@@ -37,7 +37,8 @@ from potstill.methods import method
 from potstill.methods.classification import comparison as classifiers
 from potstill.methods.language.comparison import compared, start_of
 from potstill.objectives.logits import KD, LogitDistillation, LogitLoss
-from potstill.objectives.token_terms import RowTransport, SinkhornTerm, TermedDistillation
+from potstill.objectives.token_terms import RowTransport, SinkhornTerm
+from potstill.objectives.tokens import TokenDistillation
 from potstill.run import Result, Run
 
 
@@ -108,7 +109,7 @@ class Classifiers(LogitDistillation):
         return super().loss(player, batch, step)
 
 
-class LanguageModels(TermedDistillation):
+class LanguageModels(TokenDistillation):
     """Token distillation whose temperature falls to 1 over `anneal` steps."""
 
     def __init__(self, *args: Any, anneal: int, **options: Any) -> None:

@@ -21,7 +21,6 @@ the paper, is one that has learnt the source's clean transcripts. `warm_start` o
 
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch.nn.functional import pad
 
@@ -31,11 +30,11 @@ from potstill.contracts.spec import MethodConfig, Part
 from potstill.contracts.terms import Loss, Term
 from potstill.methods import method
 from potstill.methods.language.comparison import compared, start_of
+from potstill.methods.language.playing import COLUMNS, cold_start, held_out, reported
 from potstill.objectives.policy import Average, Clip, PolicyGradient
-from potstill.objectives.tokens import TokenDistillation
 from potstill.rollouts.episodes import episodes
 from potstill.run import Result, Run
-from potstill.tasks.agents import environment_of, played, transcripts
+from potstill.tasks.agents import environment_of, played
 from potstill.training.tracking import read_journal
 from potstill.weighting import Weighting
 from potstill.weighting.steps import StepRatio, step_means
@@ -81,15 +80,7 @@ class SteppedGradient(PolicyGradient):
 def sod(run: Run, config: SOD) -> Result:
     make = environment_of(run.source, "sod")
     student, teacher = run.student(), run.teacher()
-    optimizer = run.train.optimizer_spec()
-    if config.warm_start:
-        lr = config.warm_start_lr or run.train.lr
-        imitation = TokenDistillation(
-            student, None, cross_entropy=1.0, optimizer=run.train.optimizer_spec(lr=lr), seed=run.seed
-        )
-        rows = transcripts(run.source.train[: config.warm_rows], make, run.context["tokenizer"], run.plan.data.length)
-        batch = config.warm_start_batch or run.train.batch
-        run.fit(imitation, rows, stage="warm start", steps=config.warm_start, lr=lr, batch=batch)
+    cold_start(run, make, config.warm_start, config.warm_start_lr, rows=config.warm_rows, batch=config.warm_start_batch)
     before = start_of(student)
     playing: dict[str, Any] = {
         "max_turns": config.max_turns, "max_new_tokens": config.max_new_tokens, "length": run.plan.data.length,
@@ -104,7 +95,7 @@ def sod(run: Run, config: SOD) -> Result:
     objective = SteppedGradient(
         student,
         teacher,
-        optimizer=optimizer,
+        optimizer=run.train.optimizer_spec(),
         seed=run.seed,
         rollout=rollout,
         group=config.samples,
@@ -117,9 +108,7 @@ def sod(run: Run, config: SOD) -> Result:
     models = {"teacher": run.model("teacher"), "student before": before, "student after": student}
 
     def measured() -> dict[str, Any]:
-        prompts = run.prompts("test")
-        numbers = torch.arange(min(run.plan.eval.limit or len(prompts), len(prompts)))
-        tests = [prompts.batch(rows).to(run.device) for rows in numbers.split(run.plan.eval.batch)]
+        tests = held_out(run)
         play = lambda model, i: played(model, teacher, make, tests, seed=keyed.key(run.seed, "played", i), **playing)
         found = {name: [play(model, i) for i in range(config.evaluations)] for name, model in models.items()}
         return {
@@ -129,26 +118,17 @@ def sod(run: Run, config: SOD) -> Result:
 
     found = run.stage("episodes", measured)
     result = compared(run, before=before)
-    return Result(result.student, {**result.metrics, **_reported(run, found)})
+    found = {name: found[name] for name in models}
+    return Result(result.student, {**result.metrics, **reported(run, found), **_drift(run)})
 
 
-COLUMNS = ("success", "finished", "errors", "turns", "trajectory_kl")
 SHARED = {
     "task_coefficient", "teacher_coefficient", "temperature", "average", "updates_per_rollout", "minibatches",
 }  # fmt: skip
 
 
-def _reported(run: Run, found: dict[str, Any]) -> dict[str, float]:
-    """Records for the report, and the run's numbers."""
-    run.record(
-        "4-episodes",
-        "table",
-        "Held-out tasks",
-        columns=["model", *COLUMNS],
-        rows=[[name, *(values[c] for c in COLUMNS)] for name, values in found.items()],
-        note="success: mean reward. errors: share of episodes with an action that could not be carried out. trajectory_kl: "
-        "sum over an episode's own tokens of log q - log p (p teacher, q the model), nats.",
-    )
+def _drift(run: Run) -> dict[str, float]:
+    """d and w by the number of the step, in the first and the last third of training: curves, and how d has grown."""
     journal = [row for row in read_journal(run.folder / "metrics.jsonl") if row["stage"] == "distil"]
     late = journal[-max(1, len(journal) // 3) :]
     steps: dict[str, list[float]] = {}
@@ -162,8 +142,4 @@ def _reported(run: Run, found: dict[str, Any]) -> dict[str, float]:
         run.record(f"5-{letter}", "curves", f"{title}, by its number", series=curves, x_label="step", y_label=letter)
     later = steps["d"][1:]
     growth = sum(later) / len(later) / steps["d"][0] if later and steps["d"][0] else 1.0
-    return {
-        **{f"{name.replace('student ', '')}_success": values["success"] for name, values in found.items()},
-        **{name: found["student after"][name] for name in COLUMNS},
-        "drift": growth,  # d of the later steps over that of the first, in the last third of training
-    }
+    return {"drift": growth}  # d of the later steps over that of the first, in the last third of training

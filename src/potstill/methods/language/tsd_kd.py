@@ -44,8 +44,8 @@ from potstill.methods.language.comparison import compared, start_of
 from potstill.methods.language.graded import warm_start
 from potstill.models.causal import evaluating
 from potstill.objectives.states import TokenTerm
-from potstill.objectives.token_terms import EntropyTerm, RankingTerm, TermedDistillation
-from potstill.objectives.tokens import RolloutSpec
+from potstill.objectives.token_terms import EntropyTerm, RankingTerm
+from potstill.objectives.tokens import RolloutSpec, TokenDistillation
 from potstill.rollouts.local import sample
 from potstill.run import Result, Run
 from potstill.weighting import EntropyTop, Opener, Positions, RelativeConfidence, SampledShare, Uniform, Weighting
@@ -112,7 +112,7 @@ def tsd_kd(run: Run, config: TSDKD) -> Result:
     student, teacher = run.student(), run.teacher()
     warm_start(run, student, config.warm_start, config.warm_start_lr)
     before = start_of(student)
-    objective = TermedDistillation(
+    objective = TokenDistillation(
         student,
         teacher,
         config.divergence,

@@ -42,14 +42,12 @@ from potstill.contracts.spec import MethodConfig, Spec
 from potstill.divergences import Clipped, FDivergence, ForwardKL, JensenShannon, ReverseKL, log_probs
 from potstill.methods import method
 from potstill.methods.language.comparison import compared, start_of
-from potstill.methods.language.graded import accuracy
-from potstill.models.build import is_packaged
+from potstill.methods.language.graded import accuracy, begun
 from potstill.models.causal import evaluating
-from potstill.models.spec import ModelSpec
 from potstill.objectives.agreement import ContextDistillation, ContrastiveTerm, FeatureTerm
 from potstill.objectives.states import TokenTerm
 from potstill.objectives.tokens import RolloutSpec, TokenDistillation
-from potstill.run import Result, Run, trained
+from potstill.run import Result, Run
 from potstill.tasks.sources import load, validate
 from potstill.tasks.tokens import token_rows
 from potstill.teachers import EMATeacher, FrozenStart, PrivilegedTeacher
@@ -170,7 +168,7 @@ class UniSD(MethodConfig):
 
 @method("unisd", student="causal_lm", data="prompts")
 def unisd(run: Run, config: UniSD) -> Result:
-    student = begin(run, config)
+    student = begun(run, config.known)
     before = start_of(student)
     common: dict[str, Any] = {"optimizer": run.train.optimizer_spec(), "seed": run.seed, "average": "sequence"}
     if config.mode == "sft":
@@ -196,19 +194,6 @@ def unisd(run: Run, config: UniSD) -> Result:
     result = compared(run, before=before, teacher=before)
     metrics = run.stage("kept", measured, run, config, {"": student, "before_": before})
     return Result(student, {**result.metrics, **metrics})
-
-
-def begin(run: Run, config: UniSD) -> Any:
-    """The student; a packaged one gets the weights that the same network has after training on what is known."""
-    student, spec = run.student(), run.spec("student")
-    assert isinstance(spec, ModelSpec)
-    if config.known is not None and is_packaged("causal_lm", spec):
-        if spec.lora is not None:
-            raise RecipeError("student.lora: a packaged student is small enough to train whole. Leave lora out.")
-        data = validate(config.known)
-        base = trained("causal_lm", spec, load(data), run.context, data, run.seed, run.train.device, "student")
-        student.network.load_state_dict(base.network.state_dict())
-    return student
 
 
 def demonstration(run: Run, config: UniSD) -> Context:
