@@ -14,14 +14,18 @@ takes its place), `teacher_mixed` 0, `length_norm` false, `pretraining` 0.
 variant "paper": as above, w outside of the clip. "code": microsoft/LMOps differs in that the long part has R_t, immediate
 reward included, discounted by 0.95, divided by T - t + 1 and whitened over the batch; the exact part has no w; w is inside of
 the clip, so that a token beyond it has no gradient; rewards are doubled (scaling 0.5) and bounded by 100; and L_PT is half
-next-token loss, half KL(p || q) on that text. Default: the paper, whose gradient is that of the objective it states.
+next-token loss, half cross-entropy to p on that text (the KL less p's entropy, of the same gradient). Default: the paper, whose
+gradient is that of the objective it states.
 
-Source: arXiv 2306.08543, section 2, and the code's numbers: alpha 0.2, clip 0.2, 4 epochs over 16 rollouts in batches of 4
-(a device), lr 5e-6, 5,000 steps, prompts of 256 and texts of 512 tokens, temperature 1, L_PT's weight 1.
-Departs: Eq. 6 prints T - t - 1; we divide by how many rewards are summed, T - t, and the last token has no long part. One
-token-wise w_t as in Eq. 5, not their product. `updates_per_rollout` and `minibatches` say how rollouts are used; their order
-is not shuffled between epochs. L_PT's text is the source's own unless the data brings another; `warm_start` is the paper's
-first stage, next-token prediction on the data.
+Source: arXiv 2306.08543, section 2, and microsoft/LMOps: alpha 0.2, clip 0.2, temperature 1; AdamW with betas 0.9 and 0.95, lr
+5e-6 (constant after 100 steps of warm-up), weight decay 1e-6; 5,000 steps; 256 rollouts used for 4 epochs; prompts of 256
+tokens, with their answers and texts of 512; L_PT's weight 1. A batch has 64 rollouts in the paper, hence 16 updates of them;
+the code's scripts have 64 or 256.
+Departs: Eq. 6 prints T - t - 1; we divide by how many rewards are summed, T - t, and the last token has no long part. w_t of
+Eq. 5 is a product over the tokens so far; as the paper in practice, we take its last factor alone. The "code" variant whitens
+the counted tokens, LMOps the padding too. `updates_per_rollout` and `minibatches` say how rollouts are used; their order is
+not shuffled between epochs. L_PT's text is the source's own unless the data brings another; `warm_start` is the paper's first
+stage, next-token prediction on the data.
 """
 
 from dataclasses import replace
