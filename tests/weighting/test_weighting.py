@@ -187,6 +187,24 @@ def test_the_opener_of_equal_entropies_is_the_share_rounded_up(length, share):
     assert Opener(share)(same).sum().item() == math.ceil(round(share * length, 9))
 
 
+def opened(share: float, *entropies: float) -> int:
+    """How many of a response's positions are its opener."""
+    h = torch.tensor([entropies], dtype=torch.float64)
+    return int(Opener(share)(Positions(torch.ones_like(h, dtype=torch.bool), student_entropy_BR=h)).sum())
+
+
+def test_rounding_does_not_lengthen_the_opener_and_entropy_does():
+    assert 0.07 * 100.0 > 7.0, "or nothing is tested"
+    assert opened(0.07, *[1.0] * 100) == 7
+    assert opened(0.1, 0.1 + 1e-6, 0.5, 0.4 - 1e-6) == 1
+    assert opened(0.1, 0.1 - 1e-6, 0.5, 0.4 + 1e-6) == 2
+
+
+def test_certain_words_at_the_end_open_nothing_unless_all_do():
+    assert opened(0.999, 1.0, 1.0, 0.0, 0.0) == 2
+    assert opened(1.0, 1.0, 1.0, 0.0, 0.0) == 4
+
+
 CONTEXTS = torch.tensor(
     [
         [[-1.0, -2.0, -0.5, -1.0, NAN], [NAN, -1.0, -1.0, NAN, NAN]],
@@ -203,6 +221,14 @@ def test_token_agreement_by_hand(statistic):
     expected = [1 / (1 + 0.5 * x / max(d)) for x in d]  # the 95 % quantile of six, two of them the largest
     assert_close(weights[MASK], torch.tensor(expected))
     assert weights[~MASK].sum() == 0
+
+
+def test_disagreement_is_measured_in_its_95_percent_quantile():
+    """Of 0, 1 ... 20 that is 19, not the largest and not the mean; padding has no say."""
+    apart = torch.stack([torch.zeros(1, 23), torch.arange(23.0)[None]])
+    mask = torch.arange(23)[None] < 21
+    weights = Agreement(gamma=0.5, statistic="range")(Positions(mask, context_logp_KBR=apart))
+    assert_close(weights[mask], 1 / (1 + 0.5 * torch.arange(21.0) / 19))
 
 
 def test_token_agreement_is_capped_and_floored():

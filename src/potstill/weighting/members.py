@@ -84,7 +84,7 @@ class Opener(Weighting):
             return mask.float()
         size = values.student_entropy_BR.double().masked_fill(~mask, 0.0)
         before = size.cumsum(1) - size
-        reached = before >= self.share * size.sum(1, keepdim=True) * (1 - 1e-9)  # 0.1 * 30 is 3.0000000000000004
+        reached = before >= self.share * size.sum(1, keepdim=True) * (1 - 1e-9)  # 0.07 * 100 is 7.000000000000001
         return (~reached | (mask.cumsum(1) == 1)).float()
 
 
