@@ -25,7 +25,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     table = Table("role", "kind", "model", "parameters", "memory", header_style="bold")
     sizes: dict[str, int] = {}
     models: dict[str, Any] = {}
-    for role, of in plan.method.roles.items():
+    for role, of in run.roles.items():
         if not run.has(role):
             continue
         specs = run.spec(role)

@@ -200,11 +200,15 @@ class Run:
         specs = self.spec(role)
         return all(s.loaded for s in (specs if isinstance(specs, list) else [specs]))
 
+    @cached_property
+    def roles(self) -> dict[str, Role]:
+        """The method's roles, each of the kind of model that the data asks for."""
+        return {name: role.on(self.source.kind) for name, role in self.plan.method.roles.items()}
+
     def _role(self, role: str) -> Role:
-        roles = self.plan.method.roles
-        if role not in roles:
+        if role not in self.plan.method.roles:
             raise RunError(f"{self.plan.method.name} has no role {role}.")
-        return roles[role]
+        return self.roles[role]
 
     def _specs(self) -> list[ModelSpec]:
         specs: list[ModelSpec] = []
@@ -215,7 +219,7 @@ class Run:
         return specs
 
     def _packaged(self, spec: ModelSpec) -> bool:
-        return any(is_packaged(role.kind, spec) for role in self.plan.method.roles.values())
+        return any(is_packaged(role.kind, spec) for role in self.roles.values())
 
     def _build(self, role: str, spec: ModelSpec, of: Role) -> Any:
         if spec.cache is not None:

@@ -178,7 +178,8 @@ def _grid(out: Console, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) 
 
 
 def _kind(role: Any) -> str:
-    return f"list of {role.kind}" if role.many else role.kind
+    kinds = [role.kind, *(f"{kind} for {data}" for data, kind in role.by_data.items())]
+    return f"list of {' or '.join(kinds)}" if role.many else " or ".join(kinds)
 
 
 def _manner(role: Any) -> str:

@@ -2,8 +2,8 @@
 
 import inspect
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_type_hints
 
 from potstill.catalogue import find
@@ -20,6 +20,11 @@ class Role:
     ready: bool = True
     optional: bool = False
     many: bool = False  # the recipe gives a list
+    by_data: Mapping[str, Kind] = field(default_factory=dict, hash=False)  # another kind of model, by kind of data
+
+    def on(self, data: str) -> "Role":
+        """The role where the data is of this kind."""
+        return replace(self, kind=self.by_data.get(data, self.kind))
 
 
 @dataclass(frozen=True)

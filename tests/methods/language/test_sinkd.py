@@ -13,6 +13,7 @@ from potstill.contracts.batch import ImageBatch, TokenBatch
 from potstill.contracts.errors import ModelError, RecipeError
 from potstill.contracts.players import OptimizerSpec
 from potstill.divergences import ForwardKL, JensenShannon
+from potstill.dry_run import describe
 from potstill.methods.language.sinkd import Classifiers, LanguageModels, SinKD, SinkhornKD, temperature_at
 from potstill.models.causal import CausalLM
 from potstill.models.tokenizers import character_tokenizer
@@ -256,6 +257,19 @@ def test_defaults_of_language_models_and_options(tmp_path, lines, tiny_lm, monke
     assert (objective.anneal, objective.temperature) == (2, 3.0)
     objective, _ = objective_of(run_of(tmp_path / "c", raw, **{"method.sinkhorn": 0}), monkeypatch)
     assert objective.extras == () and objective.couples == "position"
+
+
+@pytest.mark.needs("sklearn")
+def test_a_dry_run_builds_what_the_data_asks_for(cache, lines, tiny_lm, capsys):
+    """Classifiers for images, language models for text; sizes are those of the networks."""
+    plan = recipes.resolve({"method": {"name": "sinkd"}, **IMAGES})
+    found = describe(plan)
+    assert found["parameters"] == {"student": 64 * 8 + 8 + 8 * 10 + 10, "teacher": 64 * 16 + 16 + 16 * 10 + 10}
+    assert found["seconds"] > 0 and capsys.readouterr().out.count("image_classifier") == 2
+    small = CausalLM.from_pretrained(tiny_lm(1))
+    found = describe(recipes.resolve(text_recipe(lines, tiny_lm(1), tiny_lm(2))))
+    assert found["parameters"]["student"] == sum(p.numel() for p in small.parameters())
+    assert capsys.readouterr().out.count("causal_lm") == 2
 
 
 @pytest.mark.needs("sklearn")

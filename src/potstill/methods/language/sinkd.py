@@ -11,8 +11,7 @@ student i to teacher i; and it is above 0 for equal batches, since the plan is e
 
 The paper distils classifiers [b, d] (BERT on GLUE) and language models (T0, GPT-Neo); the data decides here. Images make
 student and teacher image classifiers: a_CE = 1 - a_KL, a_KL = 0.9, T = 2 (the paper's SST-2; others have 0.8 to 1 and 1 to
-4). Text makes them causal language models at every counted token: a_CE = 1, a_KL = 0.1, T = 1. A role is of one type in a
-method's signature, and the paper's family is language models, hence the signature below.
+4). Text makes them causal language models at every counted token: a_CE = 1, a_KL = 0.1, T = 1.
 
 Departs from the code: `kd+sinkhorn` there builds the term and never adds it (only its flag `saliency` does); the term is
 always added here. Its language models take the softmax over positions and normalise over the batch axis; here the counted
@@ -33,7 +32,7 @@ from potstill.contracts.errors import RecipeError
 from potstill.contracts.spec import MethodConfig, Part
 from potstill.contracts.terms import Loss
 from potstill.divergences import FDivergence, ForwardKL, Sinkhorn
-from potstill.methods import method
+from potstill.methods import Kind, Role, method
 from potstill.methods.classification import comparison as classifiers
 from potstill.methods.language.comparison import compared, start_of
 from potstill.objectives.logits import KD, LogitDistillation, LogitLoss
@@ -121,7 +120,15 @@ class LanguageModels(TokenDistillation):
         return super().loss(player, batch, step)
 
 
-@method("sinkd", student="causal_lm", teacher="causal_lm", data=("text", "chat", "prompts", "images"))
+IMAGES: dict[str, Kind] = {"images": "image_classifier"}
+
+
+@method(
+    "sinkd",
+    student=Role("causal_lm", ready=False, by_data=IMAGES),
+    teacher=Role("causal_lm", by_data=IMAGES),
+    data=("text", "chat", "prompts", "images"),
+)
 def sinkd(run: Run, config: SinKD) -> Result:
     images = run.source.kind == "images"
     kl = config.kl if config.kl is not None else 0.9 if images else 0.1
@@ -160,8 +167,6 @@ def _language_models(run: Run, config: SinKD, temperature: float, *, kl: float, 
 def _classifiers(run: Run, config: SinKD, temperature: float, *, kl: float, cross_entropy: float) -> Result:
     if config.of != "positions":
         raise RecipeError(f"method.of: sequences belongs to text, and {run.source.name} gives images.")
-    roles = {name: replace(role, kind="image_classifier") for name, role in run.plan.method.roles.items()}
-    run.plan = replace(run.plan, method=replace(run.plan.method, roles=roles))
     student, teacher = run.student(), run.teacher()
     classifiers.check_classes(run, {"teacher": teacher.model, "student": student})
     objective = Classifiers(
