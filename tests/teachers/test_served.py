@@ -1,5 +1,6 @@
 """A served teacher says what the same teacher says here; what it cannot say is refused before work starts."""
 
+import copy
 import math
 
 import pytest
@@ -11,13 +12,18 @@ from transformers import GemmaConfig, LlamaConfig, Qwen3Config
 from potstill import recipe as recipes
 from potstill.contracts.batch import ImageBatch, TokenBatch
 from potstill.contracts.errors import DataError, ModelError, RecipeError, SignalError
+from potstill.contracts.players import OptimizerSpec
 from potstill.contracts.signals import FullLogits, HiddenAndHead, Teacher, TokenLogp, TopKLogp
+from potstill.divergences import ForwardKL, SampledReverseKL
 from potstill.models.causal import CausalLM
 from potstill.models.spec import ServedSpec
 from potstill.models.tokenizers import character_tokenizer
+from potstill.objectives.tokens import TokenDistillation, completed
 from potstill.run import Run, open_folder
 from potstill.serving.client import ServerError
-from potstill.teachers import LocalTeacher, ServedTeacher
+from potstill.tasks.tokens import Prompts
+from potstill.teachers import LocalTeacher, PrivilegedTeacher, ServedTeacher
+from potstill.teachers.privileged import PrivilegedContext, Solution
 
 pytestmark = pytest.mark.needs("httpx", "starlette", "uvicorn")
 TEXT = "A pot still boils the wash, and what rises is lighter than what stays. Then it drips, clear and strong."
@@ -69,6 +75,38 @@ def test_all_tokens_are_logits(model, served):
     assert teacher.gives == {FullLogits, TokenLogp, TopKLogp}
     logp = LocalTeacher(model).score(batch, FullLogits).logits.log_softmax(-1)
     assert_close(teacher.score(batch, FullLogits).logits, logp, rtol=0, atol=1e-5)
+
+
+def test_it_may_see_more_than_the_student(model, served):
+    """A privileged context is written here and read there: what the same teacher says of it here, and the same step."""
+    rows = [{"prompt": "one and two is", "completion": "three"}, {"prompt": "no", "completion": "yes, it is so"}]
+    prompts = Prompts(rows, model.tokenizer, 30, 30).batch(torch.arange(2))
+    batch, context = completed(prompts, model.pad_id), PrivilegedContext(model.tokenizer, Solution(), 200)
+    there = PrivilegedTeacher(ServedTeacher(served.url, model.tokenizer, ServedSpec(k=100)), context)
+    here = PrivilegedTeacher(LocalTeacher(model), context)
+    assert there.gives == {FullLogits, TokenLogp, TopKLogp} and there.temperature == 1.0
+    assert_close(there.score(batch, TokenLogp).logp_N, here.score(batch, TokenLogp).logp_N, rtol=0, atol=1e-5)
+    logp = here.score(batch, FullLogits).logits.log_softmax(-1)
+    assert_close(there.score(batch, FullLogits).logits, logp, rtol=0, atol=1e-5)
+    plain = LocalTeacher(model).score(batch, FullLogits).logits.log_softmax(-1)
+    assert (plain - logp).abs().max() > 0.1, "the context is seen, or nothing is tested"
+    losses = {}
+    for name, teacher in (("there", there), ("here", here)):
+        student = copy.deepcopy(model).requires_grad_(True)
+        objective = TokenDistillation(student, teacher, ForwardKL(), optimizer=OptimizerSpec(), seed=0)
+        losses[name] = objective.loss("student", batch, 0).value()
+        losses[name].backward()
+        losses[f"{name} gradient"] = student.network.lm_head.weight.grad
+        batch.memo.clear()
+    assert_close(losses["there"], losses["here"], rtol=0, atol=1e-5)
+    assert_close(losses["there gradient"], losses["here gradient"], rtol=0, atol=1e-5)
+    few = PrivilegedTeacher(ServedTeacher(served.url, model.tokenizer, ServedSpec(k=5)), context)
+    sampled = TokenDistillation(model, few, SampledReverseKL(), optimizer=OptimizerSpec(), seed=0)
+    own = model.counted_logits(batch).log_softmax(-1).gather(1, batch.tokens_counted[:, None])[:, 0]
+    gap = here.score(batch, TokenLogp).logp_N - own
+    assert_close(sampled.loss("student", batch, 0).value(), -(gap.detach() * own).mean(), rtol=0, atol=1e-4)
+    with pytest.raises(SignalError, match="needs more than tiny at .* with privileged context gives"):
+        TokenDistillation(model, few, SampledReverseKL(baseline="full"), optimizer=OptimizerSpec(), seed=0)
 
 
 def test_a_batch_is_asked_for_once_and_for_no_more_than_counts(model, served):

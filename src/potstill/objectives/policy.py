@@ -153,6 +153,7 @@ class PolicyGradient(Objective):
         self._kept: list[TokenBatch] = []  # the rollouts of the micro-batches of a step, while they are in use
         self._at = (-1, -1)  # step and micro-batch that were collected last
         self._check()
+        self.server = rollouts.served(student) if rollouts is not None else None
 
     def _check(self) -> None:
         """Refuse, before any work, what cannot be meant."""
@@ -232,14 +233,11 @@ class PolicyGradient(Objective):
             if not isinstance(batch, PromptBatch):
                 raise DataError("A policy gradient needs prompts to continue, and this data gives finished text.")
             assert self.rollouts is not None
-            out = sample(
-                self.student,
-                batch,
-                max_new_tokens=self.rollouts.max_new_tokens,
-                temperature=self.temperature,
-                seed=keyed.key(self.seed, "rollout", step),
-                samples_per_prompt=self.group,
-            )
+            how = {**self.rollouts.sampling, "seed": keyed.key(self.seed, "rollout", step)}
+            if self.server is not None:
+                out = self.server.sample(batch, step=step, **how)
+            else:
+                out = sample(self.student, batch, **how)
         extra = dict(out.extra)
         if "reward" not in extra and self.reward is not None:
             texts = self.student.tokenizer.batch_decode(completions_of(out), skip_special_tokens=True)

@@ -45,6 +45,7 @@ from potstill.objectives.states import (
 )
 from potstill.rollouts.groups import group_advantages
 from potstill.rollouts.local import completions_of, sample
+from potstill.rollouts.served import ServedStudent, ServerSpec
 from potstill.teachers.local import LocalTeacher, check_vocabulary
 from potstill.weighting import Positions, Uniform, Weighting
 
@@ -57,13 +58,22 @@ COMPARED = {*ALSO, "student_entropy", "teacher_entropy", "log_ratio"}  # what is
 
 
 class RolloutSpec(Spec):
-    """How completions are sampled from a policy."""
+    """How completions are sampled from a policy, and by whom."""
 
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     samples_per_prompt: int = 1
+    server: ServerSpec | None = None  # that samples the student; None: it is sampled here
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The options of `rollouts.local.sample`."""
+        return self.model_dump(exclude={"server"})
+
+    def served(self, student: Any) -> ServedStudent | None:
+        return None if self.server is None else ServedStudent(student, self.server)
 
 
 class TokenDistillation(Objective):
@@ -72,8 +82,8 @@ class TokenDistillation(Objective):
     student, teacher: a CausalLM and a teacher (None: plain language modelling, the control). One that gives its top k
         alone serves exact divergences, one that gives its tokens' log-probabilities the sampled gradient without baseline.
     estimator: an FDivergence (exact over the vocabulary) or an Estimator (sampled gradient; needs on-policy states).
-    rollouts: with a PromptBatch, how to continue it; on_policy: the share of steps that do so, the others taking the
-        prompt's ground-truth completion (GKD's lambda, drawn by a keyed coin a step).
+    rollouts: with a PromptBatch, how to continue it, here or at a server that holds the student; on_policy: the share of
+        steps that do so, the others taking the prompt's ground-truth completion (GKD's lambda, drawn by a keyed coin a step).
     policy: a model, held as a teacher is, that continues the prompts instead of the student; policy_share: the share of
         the rollout steps that it does, by a second coin. Exact divergences need no reweighting of its samples.
     weighting: which positions count and how much. cross_entropy: weight of the next-token loss on the given tokens.
@@ -144,6 +154,7 @@ class TokenDistillation(Objective):
                 )
             if rollouts.samples_per_prompt < 2:
                 raise RecipeError("A reward is compared within a group: set rollouts.samples_per_prompt to 2 or more.")
+        self.server = rollouts.served(student) if rollouts is not None else None
 
     def _check_teacher(self, teacher: Any) -> None:
         """Refuse, before any work, a teacher that gives less than is asked."""
@@ -183,16 +194,11 @@ class TokenDistillation(Objective):
         coin = keyed.uniform(keyed.key(self.seed, "on-policy"), torch.tensor([step]))
         if self.rollouts is None or coin.item() >= self.on_policy:
             return completed(batch, self.student.pad_id)
-        out = sample(
-            self._writer(step),
-            batch,
-            max_new_tokens=self.rollouts.max_new_tokens,
-            temperature=self.rollouts.temperature,
-            top_p=self.rollouts.top_p,
-            top_k=self.rollouts.top_k,
-            samples_per_prompt=self.rollouts.samples_per_prompt,
-            seed=keyed.key(self.seed, "rollout", step),
-        )
+        writer, how = self._writer(step), {**self.rollouts.sampling, "seed": keyed.key(self.seed, "rollout", step)}
+        if self.server is not None and writer is self.student:
+            out = self.server.sample(batch, step=step, **how)
+        else:
+            out = sample(writer, batch, **how)
         if self.reward is not None:
             texts = self.student.tokenizer.batch_decode(completions_of(out), skip_special_tokens=True)
             rewards = [self.reward(row, text) for row, text in zip(out.extra["rows"], texts, strict=True)]

@@ -10,16 +10,31 @@ says so: at temperature t the gap between the two likeliest tokens is 1 / t of w
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from potstill.contracts import keyed
 from potstill.contracts.batch import PromptBatch, TokenBatch
 from potstill.contracts.errors import DataError, ModelError, RecipeError
+from potstill.contracts.spec import Spec
 from potstill.models.spec import ServedSpec
 from potstill.models.tokenizers import pad_id
 from potstill.rollouts.local import joined, left_padded, repeated
 from potstill.serving.client import Client
+
+
+class ServerSpec(Spec):
+    """`rollouts.server` of a recipe: who samples in the student's place, and from where it takes the student's weights.
+
+    url: of a `potstill serve --refresh-from` that holds a model of the student's shape and tokenizer. folder: below the
+    one it takes weights from, a path that server and student both know; the student is saved there again and again.
+    """
+
+    url: str
+    folder: str
+    served: ServedSpec = ServedSpec()
 
 
 class ServedPolicy:
@@ -131,3 +146,30 @@ class ServedPolicy:
             )
             self.client.model = self.adapter
         self.client.kept.clear()
+
+
+class ServedStudent:
+    """A student that lives here and is sampled by a server, which is given its weights before it samples.
+
+    Once a step is enough, and whenever the weights have changed since, whatever the step.
+    """
+
+    def __init__(self, student: Any, spec: ServerSpec) -> None:
+        self.student, self.folder = student, Path(spec.folder)
+        self.policy = ServedPolicy(spec.url, student.tokenizer, spec.served)
+        self._given: tuple[int, ...] | None = None
+
+    def sample(self, prompts: PromptBatch, *, step: int, **options: Any) -> TokenBatch:
+        """What `rollouts.local.sample` gives of the student as it is now; `options` are those of `ServedPolicy.sample`."""
+        now = (step, *(parameter._version for parameter in self.student.parameters()))
+        if now != self._given:
+            many = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+            if many:
+                torch.distributed.barrier()  # nobody samples from the old weights any more
+            if not many or torch.distributed.get_rank() == 0:
+                self.student.save(self.folder)
+                self.policy.refresh(self.folder)
+            if many:
+                torch.distributed.barrier()
+            self._given = now
+        return self.policy.sample(prompts, stop_ids=self.student.stop_ids, **options)

@@ -3,7 +3,7 @@ privileged context."""
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -58,19 +58,21 @@ class FrozenStart(LocalTeacher):
 
 
 class PrivilegedTeacher(LocalTeacher):
-    """Another teacher that sees more: it scores the same counted tokens after a context of its own.
+    """Another teacher, here or served, that sees more: it scores the same counted tokens after a context of its own.
 
     context: makes the privileged TokenBatch of a batch (a solution before the prompt, feedback, a transcript); or None,
     where the batches carry it as `batch.privileged`. Row by row, the counted tokens must be the same.
     """
 
-    def __init__(self, teacher: LocalTeacher, context: Callable[[TokenBatch], TokenBatch] | None = None) -> None:
+    def __init__(self, teacher: Any, context: Callable[[TokenBatch], TokenBatch] | None = None) -> None:
         self.teacher, self.context = teacher, context
+        self.temperature: float = getattr(teacher, "temperature", 1.0)
         self.name, self.gives = f"{teacher.name} with privileged context", teacher.gives
 
     @property
     def model(self) -> Any:  # type: ignore[override]
-        return self.teacher.model
+        """What knows the vocabulary: the model, or the teacher itself where that is served."""
+        return getattr(self.teacher, "model", self.teacher)
 
     @property
     def state(self) -> nn.Module | None:
@@ -79,7 +81,7 @@ class PrivilegedTeacher(LocalTeacher):
 
     def after_step(self, student: nn.Module, step: int = 0) -> None:
         if self.state is not None:
-            self.teacher.after_step(student, step)  # type: ignore[attr-defined]
+            self.teacher.after_step(student, step)
 
     def to(self, device: torch.device | str) -> "PrivilegedTeacher":
         self.teacher.to(device)
@@ -92,7 +94,7 @@ class PrivilegedTeacher(LocalTeacher):
             raise DataError(f"{self.name} needs batches with a privileged context; these have none.")
         if not torch.equal(seen.tokens_counted, batch.tokens_counted):
             raise DataError(f"{self.name}: the privileged rows hold other counted tokens than the student's.")
-        return self.teacher.score(seen, need)
+        return cast(Signal, self.teacher.score(seen, need))
 
 
 def check_vocabulary(student: Any, teacher: Any) -> int:

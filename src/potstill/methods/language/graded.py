@@ -61,7 +61,7 @@ def grades(
     """Grades of `samples` completions of each prompt (or of the first `limit`), [P, samples]."""
     numbers = torch.arange(min(len(prompts), limit or len(prompts)))
     batches = [prompts.batch(rows) for rows in numbers.split(max(1, batch // samples))]
-    how = {**rollouts.model_dump(), "samples_per_prompt": samples, "seed": keyed.key(seed, "grades")}
+    how = {**rollouts.sampling, "samples_per_prompt": samples, "seed": keyed.key(seed, "grades")}
     found = [mark for marks, _ in answered(model, batches, grade, **how) for mark in marks]
     return torch.tensor(found).view(-1, samples)
 

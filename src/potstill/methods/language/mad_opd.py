@@ -114,7 +114,7 @@ def written(run: Run, teachers: list[LocalTeacher], config: MADOPD) -> dict[str,
     for k, teacher in enumerate(teachers):
         for some in numbers[writer_N == k].split(run.plan.eval.batch):
             asked = prompts.batch(some)
-            out = sample(teacher.model, asked, seed=keyed.key(run.seed, "written"), **config.replies.model_dump())
+            out = sample(teacher.model, asked, seed=keyed.key(run.seed, "written"), **config.replies.sampling)
             for row, attention, counted in zip(out.tokens_BT, out.attention_BT, out.counted_BT, strict=True):
                 rows.append([row[attention].tolist(), counted[attention].tolist()])
     return {"rows": rows}
@@ -151,6 +151,8 @@ def mad_opd(run: Run, config: MADOPD) -> Result:
     ):
         if given is not None and (len(given) != len(teachers) or min(given) < 0 or sum(given) <= 0):
             raise RecipeError(f"method.{name} must have one number a teacher, none below 0, got {given}.")
+    if config.replies.server is not None:
+        raise RecipeError("method.replies.server: the teachers reply here, where their weights are. Leave server out.")
     if config.variant == "opd" and config.teacher >= len(teachers):
         raise RecipeError(f"method.teacher {config.teacher} is none of the {len(teachers)} teachers, from 0.")
     optimizer = run.train.optimizer_spec()
@@ -167,7 +169,7 @@ def mad_opd(run: Run, config: MADOPD) -> Result:
     weights: Any = config.weights if config.variant != "opd" else None
     debate, metrics = None, {}
     if config.variant == "mad_opd":
-        replies = config.replies.model_dump(exclude={"samples_per_prompt"})
+        replies = {name: value for name, value in config.replies.sampling.items() if name != "samples_per_prompt"}
         speakers = [LocalSpeaker(teacher.model, config.context, replies) for teacher in teachers]
         debate = Debate(speakers, config.rounds, config.prompts, config.tau if config.confidence else None)
         seeing = lambda k: transcript_context(config.prompts, k, student.tokenizer, config.context)

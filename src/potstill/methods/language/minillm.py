@@ -80,6 +80,10 @@ class SequenceReverseKL(PolicyGradient):
         self.single_step, self.length_norm = single_step, length_norm
         if self.rollouts is None:
             raise RecipeError("MiniLLM continues prompts: give rollouts.")
+        if self.rollouts.server is not None and teacher_mixed:
+            raise RecipeError(
+                "A server samples the student alone. Set method.teacher_mixed to 0, or leave rollouts.server out."
+            )
         if pretraining and text is None:
             raise RecipeError("MiniLLM's pre-training loss needs text, or pretraining 0.")
         self.pretraining, self.text = pretraining, text
