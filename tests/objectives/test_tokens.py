@@ -1,5 +1,6 @@
 """The token objective against closed forms: what counts, how it is weighed and divided, and what a step optimises."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from potstill.contracts.errors import DataError, ModelError, NonFiniteError, Rec
 from potstill.contracts.players import OptimizerSpec
 from potstill.contracts.signals import FullLogits, TokenLogp, TopKLogp
 from potstill.contracts.terms import Term
-from potstill.divergences import Exact, ForwardKL, JensenShannon, ReverseKL, SampledReverseKL, TopK
+from potstill.divergences import Clipped, Exact, ForwardKL, JensenShannon, ReverseKL, SampledReverseKL, TopK
 from potstill.models.causal import CausalLM
 from potstill.models.tokenizers import character_tokenizer
 from potstill.objectives.states import Rows, TokenTerm, by_rows
@@ -454,3 +455,38 @@ def test_advantages_have_their_weight_and_the_objectives_average():
     means = torch.stack([part.mean() for part in chosen.split(rows.counted_BT.sum(1).tolist())])
     expected = -0.3 * (rows.extra["advantage"] * means).mean()
     assert_close(made.loss("student", rows, 0).terms["reward"].mean(), expected)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("per", ["entry", "position", "raw"])
+def test_the_share_that_a_clip_cuts_is_logged(linear, per, monkeypatch):
+    monkeypatch.setattr(CausalLM, "has_linear_head", linear)
+    rows = batch()
+    log_p, log_q = by_hand(objective(), rows)
+    entries = log_p.exp() * (log_p - log_q) + (0.0 if per == "raw" else 1.0) * (log_q.exp() - log_p.exp())
+    sizes = entries.sum(-1) if per == "position" else entries
+    limit = sizes.quantile(0.7).item()
+    part, cut = (
+        Clipped(ForwardKL(), limit, raw=per == "raw", per="position" if per == "position" else "entry"),
+        sizes > limit,
+    )
+    distilled = objective(part)
+    found = distilled.loss("student", rows, 0)
+    assert_close(found.metrics["clip_fraction"].mean(), cut.double().mean())
+    assert_close(found.value(), part(teacher_logp=log_p, student_logp=log_q).mean())
+    chosen = objective(part, weighting=EntropyTop(0.4))
+    seen = chosen.loss("student", rows, 0)
+    kept = Rows.of(rows.counted_BT).gather(seen.positions["weights"]) > 0
+    assert 0 < kept.sum() < len(kept)
+    assert_close(seen.metrics["clip_fraction"].mean(), cut[kept].double().mean())
+
+
+def test_the_share_of_bounded_rewards_is_logged_and_no_other():
+    rows, bound = batch(), math.log(0.9) / 0.1
+    distilled = objective(SampledReverseKL(clip=0.9), temperature=0.1)
+    log_p, log_q = by_hand(distilled, rows, 0.1)
+    under = (log_p - log_q).gather(1, rows.tokens_counted[:, None]) < bound
+    assert 0 < under.float().mean() < 1
+    assert_close(distilled.loss("student", rows, 0).metrics["clip_fraction"].mean(), under.float().mean())
+    for plain in (ForwardKL(), SampledReverseKL()):
+        assert "clip_fraction" not in objective(plain).loss("student", rows, 0).metrics

@@ -189,6 +189,34 @@ def test_token_values_need_one_value_a_token(tmp_path):
     assert "a sentence needs one value a token" in shown["note"]
 
 
+def test_weights_stand_over_the_tokens(tmp_path):
+    """Their height is a share of the heaviest of all sentences; sentences without weights have no bars."""
+    whole = {"tokens": ["a", "b", "c"], "values": [1.0, 0.0, math.nan], "weights": [0.5, 2.0, 0.0]}
+    other = {"tokens": ["d", "e"], "values": [1.0, 1.0], "weights": [4.0, -1.0]}
+    bare = {"tokens": ["f"], "values": [1.0]}
+    shown = view(tmp_path, type="token_values", unit="nats", sentences=[whole, other, bare])
+    assert shown["heaviest"] == 4.0
+    assert [[t["heavy"] for t in s["tokens"]] for s in shown["sentences"]] == [[0.125, 0.5, 0.0], [1.0, 0.0], [0.0]]
+    hovers = [t["hover"] for s in shown["sentences"] for t in s["tokens"]]
+    assert hovers[:4] == [
+        "1.000 nats, weight 0.5000",
+        "0 nats, weight 2.000",
+        "no value, weight 0",
+        "1.000 nats, weight 4.000",
+    ]
+    assert hovers[-1] == "1.000 nats"
+    wrong = view(tmp_path, type="token_values", sentences=[{"tokens": ["a"], "values": [1.0], "weights": [1.0, 2.0]}])
+    assert "one weight a token, or none at all" in wrong["note"]
+
+
+def test_a_page_shows_weights_only_where_there_are_some(finished_run):
+    place, one = finished_run / "records" / "26_weights.json", {"tokens": ["a", "b"], "values": [1.0, 2.0]}
+    for weights, bars, words in (({"weights": [0.0, 3.0]}, 1, True), ({}, 0, False)):
+        place.write_text(json.dumps({"type": "token_values", "title": "t", "sentences": [{**one, **weights}]}))
+        page = build_report(finished_run).read_text()
+        assert page.count("--w:1.0") == bars and ("bar over a token is its weight; the highest is 3." in page) is words
+
+
 def test_images_are_embedded_and_only_from_the_run_folder(finished_run):
     (finished_run.parent / "outside.png").write_bytes((finished_run / "records" / "a.png").read_bytes())
     files = record_view(finished_run / "records" / "50_images.json", finished_run)["files"]

@@ -170,7 +170,8 @@ def positions_of(
 
     key: of random selections, which are a function of it, the sample and the place. of, more: a larger kind of Positions.
     """
-    known: dict[str, Any] = {f"{name}_BR": rows.spread(values) for name, values in seen.items()}
+    weighable = {name: values for name, values in seen.items() if hasattr(of, f"{name}_BR")}
+    known: dict[str, Any] = {f"{name}_BR": rows.spread(values) for name, values in weighable.items()}
     if "segment_BT" in batch.extra:
         known["segment_BR"] = rows.spread(batch.extra["segment_BT"][batch.counted_BT])
     if "context_logp_KBT" in batch.extra:

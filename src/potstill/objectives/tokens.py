@@ -7,6 +7,7 @@ weighting and teacher, and perhaps a further term on the same states.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -20,12 +21,14 @@ from potstill.contracts.signals import FullLogits, HiddenAndHead, Signal, TokenL
 from potstill.contracts.spec import Spec
 from potstill.contracts.terms import Loss, Term
 from potstill.divergences import (
+    Clipped,
     Estimator,
     Exact,
     FDivergence,
     ForwardKL,
     JensenShannon,
     ReverseKL,
+    SampledReverseKL,
     entropy,
     linear_divergence,
     log_probs,
@@ -54,7 +57,26 @@ ALSO: dict[str, FDivergence] = {
     "forward_kl": ForwardKL(),
     "jensen_shannon": JensenShannon(0.5),
 }
+WATCHED = ("reverse_kl", "student_entropy", "clip_fraction")  # logged of what was seen
 COMPARED = {*ALSO, "student_entropy", "teacher_entropy", "log_ratio"}  # what is known once two models were compared
+
+
+@dataclass(frozen=True)
+class ClippedShare:
+    """Which share of a position's outcomes a clipped divergence cuts off (all or none of them `per` position), [*P].
+
+    To be looked at beside the divergence, over all outcomes that the teacher gives.
+    """
+
+    of: Clipped
+
+    def entries(self, *, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        whole = replace(self.of, limit=math.inf).entries(teacher_logp=teacher_logp, student_logp=student_logp)
+        size = whole if self.of.per == "entry" else whole.sum(-1, keepdim=True).expand_as(whole)
+        return (size > self.of.limit).to(whole) / whole.shape[-1]
+
+    def __call__(self, *, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        return self.entries(teacher_logp=teacher_logp, student_logp=student_logp).sum(-1)
 
 
 class RolloutSpec(Spec):
@@ -221,10 +243,13 @@ class TokenDistillation(Objective):
         if self.teacher is not None:
             terms["divergence"] = Term(self._divergence(states, step), count, self.coefficient, unit=self.average)
             assert states.weights_BR is not None
+            if isinstance(self.estimator, SampledReverseKL) and self.estimator.clip and "log_ratio" in states.seen:
+                lowest = math.log(self.estimator.clip) / (1 - self.estimator.clip)
+                states.seen = {**states.seen, "clip_fraction": (states.seen["log_ratio"] < lowest).float()}
             looked_at_N = rows.gather(states.weights_BR) != 0
-            watched = [name for name in ("reverse_kl", "student_entropy") if name in states.seen]
-            metrics |= {name: Term.over(states.seen[name], looked_at_N) for name in watched}
-            positions |= {name: rows.spread(states.seen[name]) for name in watched[:1]} | {"weights": states.weights_BR}
+            metrics |= {name: Term.over(states.seen[name], looked_at_N) for name in WATCHED if name in states.seen}
+            away = [name for name in ("reverse_kl", "log_ratio") if name in states.seen]
+            positions |= {name: rows.spread(states.seen[name]) for name in away[:1]} | {"weights": states.weights_BR}
         spent: dict[str, Any] = {"temperature": self.temperature, "vocabulary": self.shared}
         if "advantage" in batch.extra and self.advantage:
             weights_N = states.share_N * batch.extra["advantage"][rows.row_N]
@@ -272,10 +297,12 @@ class TokenDistillation(Objective):
         return positions_of(states.batch, states.rows, states.seen, self.weighting.needs, key, group=group)
 
     @property
-    def _also(self) -> list[str]:
-        """The other divergences to look at: one for the metrics, the rest for weighting and extras."""
+    def _also(self) -> dict[str, Any]:
+        """The other divergences to look at: one for the metrics, the rest for weighting and extras, and what is clipped."""
         asked = {name.removesuffix("_BR") for name in self.weighting.needs}.union(*(x.needs for x in self.extras))
-        return ["reverse_kl", *sorted((asked & ALSO.keys()) - {"reverse_kl"})]
+        found: dict[str, Any] = {name: ALSO[name] for name in ALSO if name == "reverse_kl" or name in asked}
+        part = getattr(self.estimator, "divergence", None)
+        return found | ({"clip_fraction": ClippedShare(part)} if isinstance(part, Clipped) else {})
 
     def _signal(self, teacher: Any, batch: TokenBatch) -> Signal:
         return signal_of(teacher, batch, self.estimator.needs)
@@ -289,7 +316,7 @@ class TokenDistillation(Objective):
             return self._from_token_logp(signal, hidden_ND, batch, tokens_N, weights_N)
         if not self.student.has_linear_head:
             return self._from_logits(teacher, signal, hidden_ND, batch, tokens_N, weights_N)
-        head = self.student.with_head(hidden_ND)
+        head, also = self.student.with_head(hidden_ND), self._also
         out = linear_divergence(
             self.estimator,
             hidden_ND,
@@ -304,13 +331,13 @@ class TokenDistillation(Objective):
             student_softcap=head.softcap,
             vocabulary=self.shared,
             compiled=self.student.compiled,
-            also=[ALSO[name] for name in self._also],
+            also=list(also.values()),
         )
         # Logits of hidden states are finite; those that are given need a look, for which an accelerator has to wait.
         if isinstance(signal, FullLogits) and not out.values.isfinite().all() and (signal.logits == -math.inf).any():
             raise _impossible(teacher)
         assert out.also is not None
-        seen = dict(zip(self._also, out.also.unbind(-1), strict=True))
+        seen = dict(zip(also, out.also.unbind(-1), strict=True))
         found = {"student_entropy": out.student_entropy, "teacher_entropy": out.teacher_entropy}
         if out.teacher_logp is not None and out.student_logp is not None:
             found["log_ratio"] = out.teacher_logp - out.student_logp
@@ -340,7 +367,8 @@ class TokenDistillation(Objective):
         given = signal.logits() if isinstance(signal, HiddenAndHead) else signal.logits
         teacher_logits = given.to(logits_NV.device)
         sampled_N = self._sampled(batch)
-        names = (*self._also, "student_entropy", "teacher_entropy", "log_ratio")
+        also = self._also
+        names = (*also, "student_entropy", "teacher_entropy", "log_ratio")
         dtype = torch.promote_types(logits_NV.dtype, torch.float32)
         seen = {name: logits_NV.new_empty(len(logits_NV), dtype=dtype) for name in names}
 
@@ -349,8 +377,8 @@ class TokenDistillation(Objective):
             log_p = log_probs(teacher_logits[where, : self.shared], self.temperature)
             chosen = tokens_N[where]
             with torch.no_grad():
-                for name in self._also:
-                    seen[name][where] = ALSO[name](teacher_logp=log_p, student_logp=log_q)
+                for name, divergence in also.items():
+                    seen[name][where] = divergence(teacher_logp=log_p, student_logp=log_q)
                 seen["student_entropy"][where] = entropy(log_q)
                 seen["teacher_entropy"][where] = entropy(log_p)
                 seen["log_ratio"][where] = (log_p - log_q).gather(-1, chosen[:, None])[:, 0]

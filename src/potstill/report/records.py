@@ -60,26 +60,33 @@ def texts(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def token_values(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Tokens with a share in -1..1 of the colour scale that all sentences have in common."""
+    """Tokens with a share in -1..1 of the colour scale that all sentences have in common, and so their weights, if any."""
     finite = sorted(abs(v) for s in record["sentences"] for v in s["values"] if v is not None and math.isfinite(v))
     top = finite[min(len(finite) - 1, int(TOP_SHARE * len(finite)))] if finite else 0.0
+    heaviest = max((w for s in record["sentences"] for w in s.get("weights", ())), default=0.0)
     unit = str(record.get("unit", ""))
     sentences = []
     for sentence in record["sentences"]:
         if len(sentence["tokens"]) != len(sentence["values"]):
             raise ValueError("a sentence needs one value a token")
+        weights = sentence.get("weights", [None] * len(sentence["tokens"]))
+        if len(weights) != len(sentence["tokens"]):
+            raise ValueError("a sentence needs one weight a token, or none at all")
         tokens = []
-        for token, value in zip(sentence["tokens"], sentence["values"]):
+        for token, value, weight in zip(sentence["tokens"], sentence["values"], weights):
             known = value is not None and not math.isnan(value)
             share = max(-1.0, min(1.0, value / top)) if known and top else 0.0
             hover = f"{numbers.shown(float(value))} {unit}".strip() if known else "no value"
-            tokens.append(
-                {"text": str(token), "share": round(abs(share), 3), "below": share < 0, "known": known, "hover": hover}
-            )
+            if weight is not None:
+                hover += f", weight {numbers.shown(float(weight))}"
+            heavy = round(max(0.0, weight) / heaviest, 3) if weight is not None and heaviest > 0 else 0.0
+            look = {"share": round(abs(share), 3), "below": share < 0, "known": known, "heavy": heavy}
+            tokens.append({"text": str(token), "hover": hover, **look})
         sentences.append({"label": sentence.get("label"), "tokens": tokens})
     signed = any(v < 0 for s in record["sentences"] for v in s["values"] if v is not None)
     capped = bool(finite) and finite[-1] > top
-    return {"sentences": sentences, "unit": unit, "top": top, "signed": signed, "capped": capped}
+    scale = {"top": top, "signed": signed, "capped": capped, "heaviest": heaviest}
+    return {"sentences": sentences, "unit": unit, **scale}
 
 
 def images(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -16,12 +16,16 @@ from potstill.evaluation.text import (
     token_divergences,
     watched,
 )
+from potstill.models.causal import evaluating
+from potstill.objectives.policy import PolicyGradient
 from potstill.objectives.tokens import TokenDistillation
 from potstill.rollouts.local import completions_of, sample
 from potstill.run import Result, Run
+from potstill.weighting import Uniform
 
 TEXTS = 4  # sentences and prompts that the report shows
 TOP = 16  # likeliest tokens whose overlap is measured
+LONGEST = 300  # tokens of a sentence that the report shows
 
 
 def start_of(student: Any) -> Any:
@@ -48,13 +52,17 @@ def compared(
     control: Any | None = None,
     teacher: Any | None = None,
     lengths: Sequence[int] = (),
+    weighed: tuple[TokenDistillation | PolicyGradient, Any] | None = None,
 ) -> Result:
     """Measure, keep for the report, and hand back the student with its numbers.
 
     teacher: who is compared with where the method has no role of that name (the start itself, in self-distillation).
     lengths: of the student's samples whose likelihood under the teacher is measured.
+    weighed: the objective, and the data it learnt from, whose weights the report shows where they differ by position.
     """
     student = run.student()
+    if weighed is not None and not isinstance(weighed[0].weighting, Uniform):
+        _show_weights(run, *weighed)
     students = {"student before": before, "student after": student, "control": control}
     students = {name: model for name, model in students.items() if model is not None}
     if teacher is None and not run.loads("teacher"):
@@ -109,6 +117,44 @@ def compared(
         f"{states['distinct_1']:.1%}, different pairs {states['distinct_2']:.1%}.",
     )
     return Result(student=student, metrics=values["metrics"])
+
+
+def _show_weights(run: Run, objective: TokenDistillation | PolicyGradient, data: Any) -> None:
+    if not (sentences := run.stage("weights", _weights, run, objective, data)):
+        return
+    run.record(
+        "3-weights",
+        "token_values",
+        "What counts: each token's divergence, and over it its weight",
+        sentences=sentences,
+        unit="nats",
+        note=f"The first training rows as the finished student continues them, weighed as one batch by {objective.weighting}. "
+        "KL(q || p) where whole distributions are compared, else log q / p of the token. What has no weight is not always "
+        "looked at, and then stands as 0.",
+    )
+
+
+@torch.no_grad()
+def _weights(run: Run, objective: TokenDistillation | PolicyGradient, data: Any) -> list[dict[str, Any]]:
+    """One row of each of the first prompts (or texts): what counts of it as tokens, its divergence and its weights."""
+    objective.to(run.device)
+    rows = torch.arange(min(TEXTS, len(data)))
+    use = getattr(objective, "updates_per_rollout", 1)
+    step = -(-run.train.steps // use) * use  # when new rollouts are due
+    with evaluating(objective.student):
+        batch = objective.collect(data.batch(rows).to(run.device), step)
+        seen = objective.loss("student", batch, step).positions
+    if "weights" not in seen:
+        return []
+    away_BR = seen["reverse_kl"] if "reverse_kl" in seen else -seen["log_ratio"]
+    said, tokenizer, sentences = completions_of(batch), run.context["tokenizer"], []
+    for b in range(0, len(batch), max(1, len(batch) // len(rows))):
+        tokens = [tokenizer.convert_tokens_to_string([t]) for t in tokenizer.convert_ids_to_tokens(said[b][:LONGEST])]
+        values, weights = (x_BR[b, : len(tokens)].tolist() for x_BR in (away_BR, seen["weights"]))
+        before = batch.attention_BT[b] & (batch.counted_BT[b].cumsum(0) == 0)
+        asked = tokenizer.decode(batch.tokens_BT[b][before], skip_special_tokens=True)
+        sentences.append({"label": asked, "tokens": tokens, "values": values, "weights": weights})
+    return sentences
 
 
 def _alone(run: Run, students: Mapping[str, Any]) -> Result:

@@ -113,7 +113,7 @@ def paced(run: Run, config: PACED) -> Result:
             objective.weights_P = run.stage(f"{stage}-weights", frozen_weights, run, config, student, prompts, i)
         run.fit(objective, prompts, stage=stage, steps=-(-run.train.steps // len(config.divergences)))
     metrics["pass_rate"] = run.stage("pass rate", solved)
-    result = compared(run, before=before, teacher=before if alone else None)
+    result = compared(run, before=before, teacher=before if alone else None, weighed=(objective, prompts))
     return Result(result.student, {**result.metrics, **metrics})
 
 

@@ -117,7 +117,7 @@ def sod(run: Run, config: SOD) -> Result:
         }
 
     found = run.stage("episodes", measured)
-    result = compared(run, before=before)
+    result = compared(run, before=before, weighed=(objective, run.prompts()))
     found = {name: found[name] for name in models}
     return Result(result.student, {**result.metrics, **reported(run, found), **_drift(run)})
 

@@ -96,7 +96,7 @@ def tip(run: Run, config: TIP) -> Result:
         temperature=config.temperature,
     )
     run.fit(objective, run.prompts())
-    result = compared(run, before=before)
+    result = compared(run, before=before, weighed=(objective, run.prompts()))
     metrics = run.stage("confident errors", confident_errors, run, before, student, teacher.model)
     return Result(result.student, {**result.metrics, **metrics})
 

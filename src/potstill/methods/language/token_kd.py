@@ -46,4 +46,4 @@ def token_kd(run: Run, config: TokenKD) -> Result:
         average=config.average,
     )
     run.fit(objective, run.tokens())
-    return compared(run, before=before)
+    return compared(run, before=before, weighed=(objective, run.tokens()))

@@ -126,7 +126,7 @@ def tsd_kd(run: Run, config: TSDKD) -> Result:
         extras=config.terms(),
     )
     run.fit(objective, run.prompts())
-    result = compared(run, before=before)
+    result = compared(run, before=before, weighed=(objective, run.prompts()))
     return Result(student, {**result.metrics, **run.stage("own samples", own_samples, run, student, teacher, config)})
 
 

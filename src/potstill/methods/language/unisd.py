@@ -172,7 +172,7 @@ def unisd(run: Run, config: UniSD) -> Result:
     before = start_of(student)
     common: dict[str, Any] = {"optimizer": run.train.optimizer_spec(), "seed": run.seed, "average": "sequence"}
     if config.mode == "sft":
-        run.fit(TokenDistillation(student, None, cross_entropy=1.0, **common), run.prompts())
+        objective = TokenDistillation(student, None, cross_entropy=1.0, **common)
     else:
         average = lambda beta: EMATeacher(student, beta, every=config.ema_every, ramp=False)
         who = FrozenStart(student) if config.ema is None else average(config.ema)
@@ -190,8 +190,8 @@ def unisd(run: Run, config: UniSD) -> Result:
             extras=extras(config, PrivilegedTeacher(who, seeing(misleading(run, config)))),
             **common,
         )
-        run.fit(objective, run.prompts())
-    result = compared(run, before=before, teacher=before)
+    run.fit(objective, run.prompts())
+    result = compared(run, before=before, teacher=before, weighed=(objective, run.prompts()))
     metrics = run.stage("kept", measured, run, config, {"": student, "before_": before})
     return Result(student, {**result.metrics, **metrics})
 
