@@ -16,13 +16,9 @@ and the tail is never below 2^-19, so that it stays positive when it is recomput
 N positions, V vocabulary, K kept outcomes, C bytes of a record.
 """
 
-import errno
 import hashlib
 import json
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +28,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from potstill.contracts.errors import DataError, NonFiniteError, RecipeError, RunError
+from potstill.contracts.errors import DataError, NonFiniteError, RecipeError
+from potstill.contracts.files import whole_file
 from potstill.divergences.supports import log_mass
 
 FORMAT = "potstill teacher cache"
@@ -173,27 +170,11 @@ def distillkit_bytes(vocabulary: int, k: int, exact: int, terms: int) -> int:
 # ---------------------------------------------------------------- files
 
 
-@contextmanager
-def _part(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` in one rename when the block has ended well."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except Exception as cause:
-        part.unlink(missing_ok=True)
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(cause):
-            raise RunError(
-                f"The disk is full: {path} could not be written. The shards before it are whole; free some space and "
-                "give the same command again."
-            ) from cause
-        raise
+WAY = "The shards before it are whole; free some space and give the same command again."
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    with _part(folder / "index.json") as part:
+    with whole_file(folder / "index.json", WAY, alone=True) as part:
         part.write_text(json.dumps(index, indent=1) + "\n")
 
 
@@ -237,7 +218,7 @@ def is_written(folder: Path, index: dict[str, Any], number: int) -> bool:
 def write_shard(folder: Path, index: dict[str, Any], number: int, tensors: dict[str, Tensor]) -> None:
     """Write a shard whole, and then the index that vouches for it."""
     path = folder / shard_name(number)
-    with _part(path) as part:
+    with whole_file(path, WAY, alone=True) as part:
         save_file(tensors, part)
         known = {"sha256": sha256(part), "bytes": part.stat().st_size, "positions": len(tensors["records"])}
     index["shards"][path.name] = known
