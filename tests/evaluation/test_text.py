@@ -14,6 +14,7 @@ from potstill.evaluation.text import (
     compare,
     compare_on_rollouts,
     generation_speed,
+    kept,
     perplexity,
     size,
     text_batches,
@@ -67,6 +68,23 @@ def test_compare_by_hand(batch):
     assert abs(found["forward_kl"] - found["reverse_kl"]) > 0.01
     same = compare(teacher, teacher, text_batches(TEXTS, teacher))
     assert (same["forward_kl"], same["reverse_kl"], same["agreement"]) == pytest.approx((0, 0, 1), abs=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_is_kept_by_hand(batch):
+    student, start = model_of(seed=1), model_of()
+    q, p = (torch.cat([logp for _, logp in by_hand(m)]).exp() for m in (student, start))
+    m = (p + q) / 2
+    jsd = ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)).mean() / 2
+    texts = text_batches(TEXTS, start, batch=batch)
+    expected = {
+        "known_jsd": jsd.item(),
+        "known_perplexity": perplexity(student, texts),
+        "before_known_perplexity": perplexity(start, texts),
+    }
+    assert kept(student, start, texts) == pytest.approx(expected, rel=1e-5)
+    assert expected["known_perplexity"] != pytest.approx(expected["before_known_perplexity"], rel=1e-2)
+    assert kept(start, start, texts)["known_jsd"] == pytest.approx(0, abs=1e-9)
 
 
 class Rows:

@@ -8,11 +8,12 @@ from torch.testing import assert_close
 from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import RecipeError, SignalError
 from potstill.contracts.players import OptimizerSpec
-from potstill.contracts.signals import FullLogits
+from potstill.contracts.signals import FullLogits, HiddenAndHead, TokenLogp
 from potstill.divergences import Clipped, ForwardKL, ReverseKL, SampledReverseKL
 from potstill.models.causal import CausalLM
 from potstill.models.tokenizers import character_tokenizer
-from potstill.objectives.agreement import ContextDistillation, ContrastiveTerm, FeatureTerm, context_logp, token_logp_of
+from potstill.objectives.agreement import ContextDistillation, ContrastiveTerm, FeatureTerm, context_logp
+from potstill.objectives.states import teacher_logp
 from potstill.objectives.tokens import TokenDistillation
 from potstill.teachers import EMATeacher, LiveTeacher, LocalTeacher, PrivilegedTeacher
 from potstill.weighting import Agreement, PerResponse
@@ -223,7 +224,7 @@ def test_contrast_and_its_gradient_by_hand(margin):
 def test_a_misled_teacher_that_is_the_student_gets_no_gradient():
     distilled, rows = objective(), batch()
     misled = PrivilegedTeacher(LiveTeacher(distilled.student), after(8, 3))
-    found = token_logp_of(misled, rows, 0.7, None)
+    found = teacher_logp(misled, rows, 0.7, None)
     assert not found.requires_grad
     assert_close(found, chosen(logp(distilled.student, after(8, 3)(rows), 0.7), rows).detach(), rtol=1e-5, atol=1e-6)
     fixed = PrivilegedTeacher(LocalTeacher(model(0)), after(8, 3))
@@ -232,12 +233,30 @@ def test_a_misled_teacher_that_is_the_student_gets_no_gradient():
         assert_close(g, h)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_a_teacher_says_of_the_tokens_is_the_same_by_any_signal(temperature):
+    live, rows = LocalTeacher(model(1)), batch()
+    rows.tokens_BT.clamp_(max=9)
+    laws = {
+        vocabulary: logp(live.model, rows, temperature)[:, :vocabulary].log_softmax(-1) for vocabulary in (None, 10)
+    }
+    for gives in ({HiddenAndHead, FullLogits, TokenLogp}, {FullLogits, TokenLogp}, {TokenLogp}):
+        live.gives = frozenset(gives)
+        for vocabulary, law in laws.items() if FullLogits in gives else [(None, laws[None])] * (temperature == 1.0):
+            rows.memo.clear()
+            found = teacher_logp(live, rows, temperature, vocabulary)
+            assert not found.requires_grad
+            assert_close(found.double(), chosen(law, rows).detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_contrast_needs_live_teachers():
     misled = PrivilegedTeacher(LocalTeacher(model(1)), after(8))
-    misled.gives = frozenset({FullLogits})
+    misled.gives = frozenset({TokenLogp})
     distilled = objective()
-    with pytest.raises(SignalError, match="needs a live teacher's states"):
-        ContrastiveTerm(misled)(seen_states(distilled, batch()))
+    with pytest.raises(
+        SignalError, match="gives TokenLogp at temperature 1.0, and the .* at 0.7 are asked. Use a live"
+    ):
+        ContrastiveTerm(misled, temperature=0.7)(seen_states(distilled, batch()))
     with pytest.raises(SignalError, match="needs the teacher's log-probabilities"):
         ContrastiveTerm(misled)(distilled._states(batch()))
 

@@ -74,7 +74,7 @@ def test_another_context_does_and_it_is_the_teachers_alone():
     ("write", "length", "message"),
     [
         (lambda row, said: "a" * 40, 8, "has 4. tokens, and between 1 and 8 are allowed"),
-        (Solution(field="proof"), 64, "needs rows with a proof, and this one has completion, prompt"),
+        (Solution(field="proof"), 64, r"rows with a prompt and a proof, and this one is \['completion', 'prompt'\]"),
     ],
 )
 def test_what_cannot_be_written_is_said_plainly(write, length, message):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from potstill.contracts.batch import PromptBatch, TokenBatch
 from potstill.contracts.errors import DataError, NonFiniteError
-from potstill.divergences import FDivergence, ForwardKL, ReverseKL, TotalVariation, log_probs
+from potstill.divergences import FDivergence, ForwardKL, JensenShannon, ReverseKL, TotalVariation, log_probs
 from potstill.models.causal import CausalLM, evaluating, shared_vocabulary
 from potstill.rollouts.local import completions_of, sample
 
@@ -189,6 +189,23 @@ def graded(
         "answer_tokens": sum(lengths) / len(lengths),
     }
     return found | ({"pass_rate": sum(max(m) >= 1.0 for m in scores) / len(scores)} if samples > 1 else {})
+
+
+@torch.no_grad()
+def kept(student: Any, start: Any, batches: Sequence[TokenBatch]) -> dict[str, float]:
+    """Perplexity after and before on some text, and the mean Jensen-Shannon divergence to the start, in nats per token."""
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    with evaluating(student, start):
+        for batch in batches:
+            batch = batch.to(student.device)
+            log_q, log_p = log_probs(student.counted_logits(batch)), log_probs(start.counted_logits(batch))
+            tokens_N1 = batch.tokens_counted[:, None]
+            apart = JensenShannon()(teacher_logp=log_p, student_logp=log_q)
+            values = (apart, -log_q.gather(1, tokens_N1), -log_p.gather(1, tokens_N1))
+            sums += torch.stack([value.double().sum().cpu() for value in values])
+            count += len(log_q)
+    jsd, after, before = (sums / count).tolist()
+    return {"known_jsd": jsd, "known_perplexity": math.exp(after), "before_known_perplexity": math.exp(before)}
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from potstill.contracts.signals import HiddenAndHead, TokenLogp
 from potstill.contracts.terms import Term
 from potstill.divergences import Clipped, Exact, log_probs
 from potstill.divergences.family import one_of, promoted
-from potstill.objectives.states import TokenStates, TokenTerm, by_rows, signal_of, token_logp
+from potstill.objectives.states import TokenStates, TokenTerm, by_rows, teacher_logp
 from potstill.objectives.tokens import TokenDistillation
 from potstill.teachers import PrivilegedTeacher
 
@@ -118,19 +118,9 @@ class ContrastiveTerm(TokenTerm):
             )
         log_q_N = states.student_logp(self.temperature)
         log_p_N = log_q_N.detach() + states.seen["log_ratio"]
-        negative_N = token_logp_of(self.against, states.batch, self.temperature, states.vocabulary).to(log_q_N)
+        negative_N = teacher_logp(self.against, states.batch, self.temperature, states.vocabulary).to(log_q_N)
         gap_N = (self.margin + (log_q_N - log_p_N).abs() - (log_q_N - negative_N).abs()).clamp_min(0.0)
         return Term((states.share_N * gap_N).sum(), states.count, self.coefficient, unit=states.unit)
-
-
-@torch.no_grad()
-def token_logp_of(teacher: Any, batch: TokenBatch, temperature: float, vocabulary: int | None) -> Tensor:
-    """A teacher's log-probabilities of the counted tokens at a temperature. [N]."""
-    signal = signal_of(teacher, batch)
-    if isinstance(signal, HiddenAndHead):
-        tokens_N = batch.tokens_counted
-        return token_logp(teacher.model, signal.hidden_ND, tokens_N, temperature=temperature, vocabulary=vocabulary)
-    raise SignalError(f"Another temperature needs a live teacher's states, and {teacher.name} gives none.")
 
 
 @dataclass(frozen=True)

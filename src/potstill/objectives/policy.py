@@ -35,10 +35,10 @@ from potstill.objectives.states import (
     average_of,
     by_rows,
     coupling,
-    nll,
     positions_of,
     scored,
     signal_of,
+    teacher_logp,
     token_logp,
 )
 from potstill.objectives.tokens import ALSO, RolloutSpec
@@ -260,7 +260,7 @@ class PolicyGradient(Objective):
         assert batch.sampled_logp_BT is not None
         rows = Rows.of(batch.counted_BT)
         if self.teacher is not None:
-            log_ratio_N = self._said_by(self.teacher, batch) - batch.sampled_logp_BT[batch.counted_BT]
+            log_ratio_N = teacher_logp(self.teacher, batch, self.temperature) - batch.sampled_logp_BT[batch.counted_BT]
             if not log_ratio_N.isfinite().all():
                 raise NonFiniteError(
                     f"{self.teacher.name} gives probability 0 to a token that the student has said, or NaN. Use a teacher "
@@ -268,7 +268,7 @@ class PolicyGradient(Objective):
                 )
             batch.extra["log_ratio_BT"] = _placed(batch, log_ratio_N)
         if self.reference is not None:
-            batch.extra["reference_logp_BT"] = _placed(batch, self._said_by(self.reference, batch))
+            batch.extra["reference_logp_BT"] = _placed(batch, teacher_logp(self.reference, batch, self.temperature))
         batch.extra["advantage_BT"] = _placed(batch, self.advantages(batch, rows, step))
         return batch
 
@@ -321,17 +321,6 @@ class PolicyGradient(Objective):
 
     def _logp_of(self, model: Any, hidden_ND: Tensor, batch: TokenBatch) -> Tensor:
         return token_logp(model, hidden_ND, batch.tokens_counted, temperature=self.temperature)
-
-    def _said_by(self, teacher: Any, batch: TokenBatch) -> Tensor:
-        """log p of the counted tokens, [N]."""
-        signal = signal_of(teacher, batch, TokenLogp)
-        if isinstance(signal, HiddenAndHead):
-            return self._logp_of(teacher.model, signal.hidden_ND, batch)
-        if isinstance(signal, FullLogits):
-            tokens_N = batch.tokens_counted
-            return by_rows(lambda some, where: -nll(some, tokens_N[where], self.temperature), signal.logits)
-        assert isinstance(signal, TokenLogp)
-        return signal.logp_N
 
     def _current(self, batch: TokenBatch, step: int) -> TokenBatch:
         """Without the tokens of rows that are too old."""

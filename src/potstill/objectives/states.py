@@ -202,6 +202,24 @@ def signal_of(teacher: Any, batch: TokenBatch, estimator_needs: type[Signal] = F
     return cast(Signal, batch.remember(("signal", id(teacher), need), lambda: teacher.score(batch, need)))
 
 
+@torch.no_grad()
+def teacher_logp(teacher: Any, batch: TokenBatch, temperature: float = 1.0, vocabulary: int | None = None) -> Tensor:
+    """log p of the batch's counted tokens, from the least that a teacher gives. [N]."""
+    signal, tokens_N = signal_of(teacher, batch, TokenLogp), batch.tokens_counted
+    if isinstance(signal, HiddenAndHead):
+        return token_logp(teacher.model, signal.hidden_ND, tokens_N, temperature=temperature, vocabulary=vocabulary)
+    if isinstance(signal, FullLogits):
+        pick = lambda some, where: -nll(some[:, :vocabulary], tokens_N[where], temperature)
+        return by_rows(pick, signal.logits)
+    known = getattr(teacher, "temperature", 1.0)
+    if not isinstance(signal, TokenLogp) or known != temperature:
+        raise SignalError(
+            f"{teacher.name} gives {type(signal).__name__} at temperature {known}, and the tokens' log-probabilities at "
+            f"{temperature} are asked. Use a live teacher (a model folder or id)."
+        )
+    return signal.logp_N
+
+
 @dataclass
 class TokenStates:
     """What a step knows of the N counted positions of one batch."""

@@ -189,6 +189,12 @@ def chat_prompt(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerB
     return list(encoded["input_ids"])
 
 
+def prompt_batch(rows: Sequence[Sequence[int]], tokenizer: "PreTrainedTokenizerBase", ids_B: Tensor) -> PromptBatch:
+    """Prompts as tokens, padded on the left, as a batch on the device of `ids_B`."""
+    tokens_BT, attention_BT = padded(rows, pad_id(tokenizer), "left")
+    return PromptBatch(ids_B, tokens_BT.to(ids_B.device), attention_BT.to(ids_B.device))
+
+
 def _completion(row: Mapping[str, Any]) -> str | None:
     value = row.get("completion", row.get("answer"))
     return value or None

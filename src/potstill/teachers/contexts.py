@@ -13,22 +13,22 @@ from typing import Any, Literal
 import torch
 
 from potstill.contracts import keyed
-from potstill.contracts.batch import PromptBatch
 from potstill.contracts.errors import DataError, MissingExtra, RecipeError, require
 from potstill.rollouts.local import completions_of, sample
-from potstill.tasks.tokens import pad_id, padded, prompt_tokens
+from potstill.tasks.tokens import prompt_batch, prompt_tokens
 
 Row = Mapping[str, Any]
 Rank = Callable[[Row, int], list[int]]  # a row and how many -> at most so many numbers of pool rows, the best first
 
 
 def solution(row: Any, field: str = "completion") -> str:
-    """A row's reference solution: its `field`, else its answer."""
-    found = (row.get(field) or row.get("answer")) if isinstance(row, Mapping) else None
+    """A row's reference solution: its `field`, and where it has no completion its answer."""
+    names = ("completion", "answer") if field == "completion" else (field,)
+    found = next((row[name] for name in names if row.get(name)), None) if isinstance(row, Mapping) else None
     if not found or "prompt" not in row:
         raise DataError(
-            "Contexts are made of rows with a prompt and a completion or an answer, and this one is "
-            f"{sorted(row) if isinstance(row, Mapping) else type(row).__name__}. Give the data as prompts."
+            f"Contexts are made of rows with a prompt and a {' or an '.join(names)}, and this one is "
+            f"{sorted(row) if isinstance(row, Mapping) else type(row).__name__}. Give such data, or name another field."
         )
     return str(found)
 
@@ -256,8 +256,7 @@ def induce(
         layout.between.join([*(layout.shown(pool[i]) for i in _enough(rows, examples)), ask]) for rows in drawn
     ]
     tokens = [prompt_tokens(question, model.tokenizer, None) for question in questions]
-    tokens_BT, attention_BT = padded(tokens, pad_id(model.tokenizer), "left")
-    prompts = PromptBatch(torch.arange(contexts), tokens_BT, attention_BT)
+    prompts = prompt_batch(tokens, model.tokenizer, torch.arange(contexts))
     said = sample(
         model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=keyed.key(seed, "induced")
     )

@@ -28,7 +28,7 @@ from potstill.contracts.spec import Spec
 from potstill.divergences.panels import confidence_weights
 from potstill.models.causal import CausalLM
 from potstill.rollouts.local import completions_of, sample
-from potstill.tasks.tokens import padded, prompt_tokens
+from potstill.tasks.tokens import prompt_batch, prompt_tokens
 from potstill.teachers.privileged import PrivilegedContext
 
 Speaker = Callable[[Sequence[str], Tensor, int], list[str]]  # (prompts, ids_B, seed) -> replies, "" where it fails
@@ -109,8 +109,7 @@ class LocalSpeaker:
         read = [b for b, row in enumerate(rows) if 0 < len(row) <= self.length]
         said = [""] * len(rows)
         if read:
-            tokens_BT, attention_BT = padded([rows[b] for b in read], self.model.pad_id, "left")
-            asked = PromptBatch(ids_B.cpu()[read], tokens_BT, attention_BT)
+            asked = prompt_batch([rows[b] for b in read], tokenizer, ids_B.cpu()[read])
             out = completions_of(sample(self.model, asked, seed=seed, **self.sampling))
             for b, text in zip(read, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
                 said[b] = text

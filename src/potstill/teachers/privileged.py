@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from potstill.contracts.batch import PromptBatch, TokenBatch
+from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import DataError
 from potstill.rollouts.local import completions_of, joined
-from potstill.tasks.tokens import pad_id, padded, prompt_tokens
+from potstill.tasks.tokens import pad_id, prompt_batch, prompt_tokens
+from potstill.teachers.contexts import solution
 
 Write = Callable[[Any, str], str]
 
@@ -44,8 +45,7 @@ class PrivilegedContext:
                     "Raise the context's length, or leave such rows out of the data."
                 )
             prompts.append(tokens)
-        tokens_BT, attention_BT = padded(prompts, pad_id(self.tokenizer), "left")
-        rows = PromptBatch(batch.ids_B, tokens_BT.to(batch.ids_B.device), attention_BT.to(batch.ids_B.device))
+        rows = prompt_batch(prompts, self.tokenizer, batch.ids_B)
         return joined(rows, completions, pad_id(self.tokenizer), extra=dict(batch.extra))
 
 
@@ -63,9 +63,5 @@ class Solution:
     )
 
     def __call__(self, row: Any, completion: str) -> str:
-        if not isinstance(row, dict) or not row.get(self.field):
-            has = ", ".join(sorted(row)) if isinstance(row, dict) else "text alone"
-            raise DataError(
-                f"A privileged solution needs rows with a {self.field}, and this one has {has}. Name another field."
-            )
-        return self.template.format(prompt=row["prompt"], solution=row[self.field])
+        shown = solution(row, self.field)
+        return self.template.format(prompt=row["prompt"], solution=shown)

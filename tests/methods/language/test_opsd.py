@@ -126,7 +126,7 @@ def test_the_teachers_context_is_what_teaches(tmp_path):
     [
         ({"method.estimator": "sampled"}, RecipeError, "unbiased only on untruncated samples"),
         ({"method.context": 8}, DataError, "tokens, and between 1 and 8 are allowed"),
-        ({"method.solution.field": "proof"}, DataError, "needs rows with a proof"),
+        ({"method.solution.field": "proof"}, DataError, "rows with a prompt and a proof"),
         ({"method.solution.filed": "x"}, RecipeError, "filed"),
         ({"method.clip": -1.0}, RecipeError, "clip"),
     ],

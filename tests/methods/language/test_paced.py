@@ -221,5 +221,5 @@ def test_what_cannot_work_is_refused(tmp_path, tiny_lm):
         run(tmp_path / "b", student, student, **{"method.weighting": "RewardSoftmax", "method.refresh": "stage"})
     with pytest.raises(RecipeError, match="samples_per_prompt to 2 or more"):
         run(tmp_path / "c", student, student, **{"method.rollouts.samples_per_prompt": 1})
-    with pytest.raises(DataError, match="rows with a hint, and this one has"):
+    with pytest.raises(DataError, match="rows with a prompt and a hint, and this one is"):
         run(tmp_path / "d", student, student, **{"method.teacher": "self", "method.solution": "hint"})

@@ -13,11 +13,10 @@ from potstill import recipe as recipes
 from potstill.contracts.errors import DataError, RecipeError
 from potstill.divergences import Clipped, ForwardKL, JensenShannon, ReverseKL
 from potstill.methods.language import unisd as module
-from potstill.methods.language.unisd import MODES, UniSD, extras, kept
+from potstill.methods.language.unisd import MODES, UniSD, extras
 from potstill.models.causal import CausalLM
 from potstill.models.tokenizers import character_tokenizer
 from potstill.run import Result, Run, open_folder
-from potstill.tasks.tokens import TextTokens
 from potstill.weighting import Agreement, PerResponse, Uniform
 
 SHORT = {"example": "{prompt}{completion}", "between": " ", "whole": "{examples} {prompt}", "shots": 1}
@@ -145,31 +144,6 @@ def test_extras_are_made_as_asked():
 def tiny(seed: int) -> CausalLM:
     torch.manual_seed(seed)
     return CausalLM.PACKAGED["llama-tiny"](tokenizer=character_tokenizer(["abcdefg "]), width=16)
-
-
-def test_what_is_kept_by_hand():
-    one, other = tiny(0), tiny(1)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(4.0)
-    text = TextTokens(["abc def", "gab cafe bad", "deaf face"], one.tokenizer, 8, pack=False)
-    batches = [text.batch(torch.tensor([0, 1])), text.batch(torch.tensor([2]))]
-    p, q, nll = [], [], []
-    for batch in batches:
-        for net, into in ((one, p), (other, q)):
-            into.append(net.counted_logits(batch).detach().softmax(-1))
-        nll.append(-q[-1].gather(1, batch.tokens_counted[:, None]).log())
-    p, q = torch.cat(p), torch.cat(q)
-    m = (p + q) / 2
-    jsd = ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)).mean() / 2
-    found = kept(other, one, batches)
-    assert found["known_jsd"] == pytest.approx(jsd.item(), rel=1e-5)
-    assert found["known_perplexity"] == pytest.approx(torch.cat(nll).mean().exp().item(), rel=1e-5)
-    same = kept(one, one, batches)
-    assert same["known_jsd"] == pytest.approx(0, abs=1e-9)
-    assert (
-        same["known_perplexity"] == same["before_known_perplexity"] == pytest.approx(found["before_known_perplexity"])
-    )
 
 
 def test_a_packaged_student_starts_from_what_is_known(tmp_path, monkeypatch, quick):

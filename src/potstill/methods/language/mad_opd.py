@@ -32,10 +32,11 @@ from potstill.divergences import Exact, FDivergence, Full, JensenShannon, Revers
 from potstill.methods import Role, method
 from potstill.methods.language.comparison import compared, start_of
 from potstill.methods.language.graded import warm_start
+from potstill.methods.language.writing import answers
 from potstill.models.build import is_packaged
 from potstill.objectives.panels import PanelDistillation
 from potstill.objectives.tokens import RolloutSpec, TokenDistillation
-from potstill.rollouts.local import completions_of, sample
+from potstill.rollouts.local import completions_of
 from potstill.run import Result, Run, trained
 from potstill.tasks.tokens import TokenRows
 from potstill.teachers import LocalTeacher, PrivilegedTeacher
@@ -112,9 +113,7 @@ def written(run: Run, teachers: list[LocalTeacher], config: MADOPD) -> dict[str,
     coin_N = keyed.uniform(keyed.key(run.seed, "writer"), numbers)
     writer_N = torch.bucketize(coin_N, torch.tensor(bounds[:-1], dtype=coin_N.dtype))
     for k, teacher in enumerate(teachers):
-        for some in numbers[writer_N == k].split(run.plan.eval.batch):
-            asked = prompts.batch(some)
-            out = sample(teacher.model, asked, seed=keyed.key(run.seed, "written"), **config.replies.sampling)
+        for out in answers(run, teacher.model, prompts, numbers[writer_N == k], "written", **config.replies.sampling):
             for row, attention, counted in zip(out.tokens_BT, out.attention_BT, out.counted_BT, strict=True):
                 rows.append([row[attention].tolist(), counted[attention].tolist()])
     return {"rows": rows}

@@ -29,21 +29,19 @@ first tokens, all off by default.
 whose weights are fresh, is first trained on it (once, kept in the cache): it stands for the pretrained model.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import RecipeError
 from potstill.contracts.spec import MethodConfig, Spec
-from potstill.divergences import Clipped, FDivergence, ForwardKL, JensenShannon, ReverseKL, log_probs
+from potstill.divergences import Clipped, FDivergence, ForwardKL, JensenShannon, ReverseKL
+from potstill.evaluation.text import kept
 from potstill.methods import method
 from potstill.methods.language.comparison import compared, start_of
 from potstill.methods.language.graded import accuracy, begun
-from potstill.models.causal import evaluating
 from potstill.objectives.agreement import ContextDistillation, ContrastiveTerm, FeatureTerm
 from potstill.objectives.states import TokenTerm
 from potstill.objectives.tokens import RolloutSpec, TokenDistillation
@@ -247,20 +245,3 @@ def measured(run: Run, config: UniSD, models: Mapping[str, Any]) -> dict[str, fl
         for name, model in models.items():
             metrics[f"{name}sampled_accuracy"] = accuracy(run, model, config.rollouts, samples=SAMPLES)
     return metrics
-
-
-@torch.no_grad()
-def kept(student: Any, start: Any, batches: Sequence[TokenBatch]) -> dict[str, float]:
-    """Perplexity after and before on some text, and the mean Jensen-Shannon divergence to the start, in nats per token."""
-    sums, count = torch.zeros(3, dtype=torch.float64), 0
-    with evaluating(student, start):
-        for batch in batches:
-            batch = batch.to(student.device)
-            log_q, log_p = log_probs(student.counted_logits(batch)), log_probs(start.counted_logits(batch))
-            tokens_N1 = batch.tokens_counted[:, None]
-            apart = JensenShannon()(teacher_logp=log_p, student_logp=log_q)
-            values = (apart, -log_q.gather(1, tokens_N1), -log_p.gather(1, tokens_N1))
-            sums += torch.stack([value.double().sum().cpu() for value in values])
-            count += len(log_q)
-    jsd, after, before = (sums / count).tolist()
-    return {"known_jsd": jsd, "known_perplexity": math.exp(after), "before_known_perplexity": math.exp(before)}
