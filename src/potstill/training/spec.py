@@ -19,6 +19,7 @@ class TrainSpec(OptimizerSpec):
     device: Literal["auto", "cpu"] = "auto"  # auto takes an accelerator where there is one
     evaluate_every: int | None = Field(None, gt=0)
     checkpoint_every: int | None = Field(None, gt=0)  # steps; besides, at least once a minute
+    sharded: bool = False  # trained weights, gradients and optimizer state split over the processes; one ignores it
     keep: int = Field(2, gt=0)  # checkpoints kept a stage
     log_every: int = Field(1, gt=0)
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]

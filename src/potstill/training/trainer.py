@@ -1,20 +1,23 @@
 """The loop. It knows players and terms, and no method.
 
 One step: every micro-batch is collected once, then each player whose turn it is computes its loss over all of them,
-divides every term by its count over micro-batches and ranks, and moves.
+divides every term by its count over micro-batches and ranks, and moves. With `train.sharded`, what players train is whole
+on a process only while it computes (`training.sharding`).
 """
 
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from potstill.contracts import keyed
 from potstill.contracts.batch import Batch
@@ -22,13 +25,15 @@ from potstill.contracts.errors import DataError, NonFiniteError, RecipeError
 from potstill.contracts.players import Objective, Player
 from potstill.contracts.terms import Loss, Term
 from potstill.models.taps import batchnorm_coupled
-from potstill.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from potstill.training.checkpoint import checkpoints, load_optimizers, load_weights, save_checkpoint
 from potstill.training.launch import accelerator
 from potstill.training.optimizers import learning_rate, make_optimizer
+from potstill.training.sharding import Shards, clip_gradients, fused, own_rows, shard
 from potstill.training.spec import TrainSpec
 from potstill.training.tracking import Journal
 
 CHECKPOINT_SECONDS = 60.0
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @lru_cache(maxsize=4)
@@ -75,6 +80,7 @@ class Trainer:
                 f"Choose train.batch as a multiple of {self.micro * self.world}."
             )
         self.pieces = share // self.micro
+        self.shards: Shards | None = None  # of the objective that is trained
 
     # ---------------------------------------------------------------- data
 
@@ -93,12 +99,12 @@ class Trainer:
         objective.to(self.device)
         self._check_coupling(objective)
         players = objective.players
-        optimizers = {name: make_optimizer(player.optimizer, player.parameters()) for name, player in players.items()}
         moves = {name: sum(player.when(s) for s in range(self.spec.steps)) for name, player in players.items()}
         journal = Journal(self.folder, writes=self.accelerator.is_main_process) if self.folder else None
         step, updates, spent = 0, dict.fromkeys(players, 0), 0.0
-        if self.folder and (found := checkpoints(self.folder / "checkpoints" / self.stage)):
-            state = load_checkpoint(found[-1], objective, optimizers, self.device)
+        found = checkpoints(self.folder / "checkpoints" / self.stage) if self.folder else []
+        if found:
+            state = load_weights(found[-1], objective, self.device)
             step, updates, spent = state["step"], state["updates"], state["seconds"]
             if journal and step < self.spec.steps:
                 journal.cut(state["metrics"])
@@ -107,6 +113,13 @@ class Trainer:
         self._same_start(objective)
         if step >= self.spec.steps or self._out_of_time(spent):
             return
+        if self.spec.sharded and self.world > 1:
+            self.shards = shard(objective, players, self.device, AUTOCAST.get(self.spec.precision))
+        optimizers = {name: make_optimizer(player.optimizer, player.parameters()) for name, player in players.items()}
+        for optimizer in optimizers.values() if self.shards else []:
+            fused(optimizer)
+        if found:
+            load_optimizers(found[-1], optimizers, self.device)
         if self.accelerator.log_with:
             self.accelerator.init_trackers("logs")
         every = self.spec.checkpoint_every or max(1, self.spec.steps // 10)
@@ -116,11 +129,12 @@ class Trainer:
                 began = time.monotonic()
                 objective.train()
                 batches = []
-                for rows, epochs in self.rows(len(dataset), step):
-                    batch = dataset.batch(rows, epochs).to(self.device)
-                    self._seed("collect", step, batch)
-                    with torch.no_grad(), self.accelerator.autocast():
-                        batches.append(objective.collect(batch, step))
+                with self._whole():
+                    for rows, epochs in self.rows(len(dataset), step):
+                        batch = dataset.batch(rows, epochs).to(self.device)
+                        self._seed("collect", step, batch)
+                        with torch.no_grad(), self.accelerator.autocast():
+                            batches.append(objective.collect(batch, step))
                 values: dict[str, float] = {}
                 for name, player in players.items():
                     if player.when(step):
@@ -134,34 +148,47 @@ class Trainer:
                     journal.clock(self.stage, step, time.monotonic() - began, self.spec.batch)
                 if self.evaluate and self.spec.evaluate_every and step % self.spec.evaluate_every == 0:
                     objective.eval()
-                    values |= {f"eval/{k}": v for k, v in self.evaluate(step).items()}
+                    with self._whole():
+                        values |= {f"eval/{k}": v for k, v in self.evaluate(step).items()}
                 if step % self.spec.log_every == 0 or last:
                     if journal:
                         journal.write(self.stage, step, values)
                     if self.accelerator.log_with:
                         self.accelerator.log({f"{self.stage}/{k}": v for k, v in values.items()}, step=step)
                 advance(values)
-                due = step % every == 0 or last or time.monotonic() - saved > CHECKPOINT_SECONDS
-                if self.folder and journal and self.accelerator.is_main_process and due:
+                seconds = time.monotonic() - saved
+                seconds = self._first(seconds) if self.shards else seconds  # what is sharded is gathered by all
+                due = step % every == 0 or last or seconds > CHECKPOINT_SECONDS
+                main = self.accelerator.is_main_process
+                if self.folder and journal and (main or self.shards) and due:
                     saved = time.monotonic()
                     state = {"updates": updates, "metrics": journal.position(), "seconds": spent}
                     place = self.folder / "checkpoints" / self.stage
-                    save_checkpoint(place, step, objective, optimizers, state, self.spec.keep)
+                    save_checkpoint(place, step, objective, optimizers, state, self.spec.keep, writes=main)
                 if last:
                     break
+        if self.shards:
+            self.shards.end()
+            self.shards = None
         if self.accelerator.log_with:
             self.accelerator.end_training()
         self.accelerator.wait_for_everyone()
 
     def _out_of_time(self, spent: float) -> bool:
         """Whether the stage's time is up, by the first process's clock."""
-        if self.spec.seconds is None:
-            return False
-        if self.world > 1:
-            clock = torch.tensor(spent, device=self.device)
-            torch.distributed.broadcast(clock, 0)
-            spent = clock.item()
-        return spent >= self.spec.seconds
+        return self.spec.seconds is not None and self._first(spent) >= self.spec.seconds
+
+    def _first(self, seconds: float) -> float:
+        """What the first process's clock says."""
+        if self.world == 1:
+            return seconds
+        clock = torch.tensor(seconds, device=self.device)
+        torch.distributed.broadcast(clock, 0)
+        return clock.item()
+
+    def _whole(self) -> AbstractContextManager[None]:
+        """The objective's models as plain modules, where they are sharded."""
+        return self.shards.whole() if self.shards else nullcontext()
 
     def _update(
         self,
@@ -184,6 +211,7 @@ class Trainer:
         sign = -1.0 if player.ascend else 1.0
         totals: dict[str, Tensor] = {}
         buffers: dict[str, list[Tensor]] = {}
+        sharded = any(isinstance(p, DTensor) for p in parameters)
         try:
             for batch in batches:
                 self._seed(name, step, batch)
@@ -196,6 +224,9 @@ class Trainer:
                         [sign * t.coefficient * t.total.float() / counts[t.unit] for t in loss.terms.values()]
                     )
                     whole.sum().backward()
+                elif sharded:  # each backward pass adds rows to .grad by itself
+                    self._check_unit(objective, totals)
+                    torch.stack([sign * t.coefficient * t.total.float() for t in loss.terms.values()]).sum().backward()
                 else:
                     self._accumulate(buffers, loss, parameters, sign)
                 del loss
@@ -207,7 +238,16 @@ class Trainer:
             for i, p in enumerate(parameters):
                 p.grad = torch.stack([buffers[unit][i] / counts[unit] for unit in buffers]).sum(0)
         self._sum_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, player.optimizer.clip or float("inf"), error_if_nonfinite=False)
+        most = player.optimizer.clip or float("inf")
+        if self.shards:  # what was whole while other players' weights were held must be gathered anew for theirs
+            self.shards.reshard()
+        if sharded:
+            if len(batches) > 1:
+                (count,) = self._counts({k: v for k, v in totals.items() if k.startswith("count/")}).values()
+                torch._foreach_div_([own_rows(cast(Tensor, p.grad)) for p in parameters], count)
+            norm = clip_gradients(parameters, most)
+        else:
+            norm = nn.utils.clip_grad_norm_(parameters, most, error_if_nonfinite=False)
         values = self._values(name, totals)
         values[f"{name}/gradient_norm"] = norm.item()
         self._check_finite(name, step, values)
@@ -215,7 +255,8 @@ class Trainer:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        objective.after_step(name, step)
+        with self._whole() if type(objective).after_step is not Objective.after_step else nullcontext():
+            objective.after_step(name, step)
         values[f"{name}/lr"] = rate
         return values
 
@@ -234,6 +275,15 @@ class Trainer:
                 torch._foreach_add_(buffers[unit], filled)
             else:
                 buffers[unit] = filled
+
+    def _check_unit(self, objective: Objective, totals: Mapping[str, Tensor]) -> None:
+        units = [key.removeprefix("count/") for key in totals if key.startswith("count/")]
+        if len(units) > 1:
+            raise RecipeError(
+                "train.sharded adds the gradients of micro-batches before they are divided, and the terms of "
+                f"{type(objective).__name__} are divided by several counts ({', '.join(units)}). "
+                f"Set train.micro_batch={self.micro * self.pieces}, or train.sharded=false."
+            )
 
     # ---------------------------------------------------------------- sums over micro-batches and ranks
 
@@ -261,8 +311,12 @@ class Trainer:
         return {unit: torch.where(count > 0, count, 1.0) for unit, count in zip(local, flat)}
 
     def _sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """One all-reduce of the flat gradient: totals are sums, so gradients add."""
-        if self.world == 1:
+        """One all-reduce of the flat gradient: totals are sums, so gradients add. Sharded ones were added on the way."""
+        for p in parameters:
+            if isinstance(p, DTensor) and p.grad is None:
+                p.grad = torch.zeros_like(p)
+        parameters = [p for p in parameters if not isinstance(p, DTensor)]
+        if self.world == 1 or not parameters:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = self.accelerator.reduce(torch.cat([g.flatten().float() for g in gradients]), "sum")
