@@ -57,10 +57,10 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
-def load_weights(path: Path, objective: nn.Module, device: torch.device) -> dict[str, Any]:
+def load_weights(path: Path, objective: nn.Module) -> dict[str, Any]:
     """Restore the models that `save_checkpoint` wrote; refuses those of another network. Returns its state."""
     state = read_json(path / "state.json")
-    weights = load_tensors(path / "model.safetensors", state["aliases"], device)
+    weights = load_tensors(path / "model.safetensors", state["aliases"])
     try:
         objective.load_state_dict(weights)
     except RuntimeError as cause:
@@ -81,7 +81,7 @@ def load_optimizers(path: Path, optimizers: Mapping[str, torch.optim.Optimizer],
                 continue
             stored, like = file.get_slice(aliases.get(name, name)), parameters[player][int(index)]
             if isinstance(like, DTensor) and tuple(stored.get_shape()) == tuple(like.shape):
-                tensor: Tensor = torch.empty_like(like, requires_grad=False)
+                tensor: Any = torch.empty_like(like, requires_grad=False)
                 tensor.to_local().copy_(rows_of(stored, like))
             else:  # Adam's own step counters live on the CPU, whatever the parameters' device
                 tensor = file.get_tensor(aliases.get(name, name)).to("cpu" if field == "step" else device)

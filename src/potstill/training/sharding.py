@@ -11,6 +11,7 @@ gradients and optimizer state, and of weights while activations are there.
 Run on CPUs with gloo only, with torch 2.13; never on a GPU.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from potstill.contracts.errors import RecipeError
 from potstill.contracts.players import Player
 
 METHODS = ("hidden", "head", "logits", "embeddings")  # through which adapters use their weights, beside forward
+BUCKET_BYTES = 2**27  # of weights that one collective gathers, where more than one does
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
 
 
@@ -37,7 +39,9 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     """
     names = {name for m in module.modules() for name in getattr(m, "_no_split_modules", None) or ()}
     lists = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
-    listed = {id(item): item for items in lists for item in items if not isinstance(item, nn.ModuleList | nn.ModuleDict)}
+    listed = {
+        id(item): item for items in lists for item in items if not isinstance(item, nn.ModuleList | nn.ModuleDict)
+    }
     blocks = [item for item in listed.values() if type(item).__name__ in names] or list(listed.values())
     inner = {id(m) for block in blocks for m in block.modules() if m is not block}
     users = _users(module)
@@ -48,16 +52,21 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     ]
 
 
-def shard(objective: nn.Module, players: Mapping[str, Player], device: torch.device, low: torch.dtype | None) -> "Shards":
+def shard(
+    objective: nn.Module, players: Mapping[str, Player], device: torch.device, low: torch.dtype | None
+) -> "Shards":
     """Shard the players' modules that have repeated blocks over all processes, in place; small parts stay whole.
 
-    low: the type of autocast, in which weights are then gathered and multiplied; gradients are added in float32 or better.
+    low: the type of autocast, in which the blocks' weights are then gathered; what is outside of them keeps its type, and
+        with it the residual stream. Gradients are added in float32 or better.
     """
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise RecipeError(f"train.sharded needs torch 2.13 or newer, and this is {torch.__version__}. Upgrade it.")
     modules = {id(m): m for player in players.values() for m in player.modules}
     inner = {id(x) for m in modules.values() for x in m.modules() if x is not m}
-    roots = [m for i, m in modules.items() if i not in inner and type(m).forward is not nn.Module.forward and blocks_of(m)]
+    roots = [
+        m for i, m in modules.items() if i not in inner and type(m).forward is not nn.Module.forward and blocks_of(m)
+    ]
     if not roots:
         raise RecipeError(
             f"train.sharded finds no repeated blocks in what {', '.join(players)} trains. Set train.sharded=false: each "
@@ -68,11 +77,12 @@ def shard(objective: nn.Module, players: Mapping[str, Player], device: torch.dev
     shards = Shards()
     for root in roots:
         trained = next((p.dtype for p in root.parameters() if p.requires_grad), torch.float32)
-        # Autocast decides what is computed in which type; inputs (noise levels) keep theirs.
-        policy = MixedPrecisionPolicy(low, torch.promote_types(trained, torch.float32), cast_forward_inputs=False)
+        wide = torch.promote_types(trained, torch.float32)
         scalars = {p for p in root.parameters() if p.ndim == 0}
         before = [(m, type(m), set(vars(m)), {name: set(vars(m)[name]) for name in HOOKS}) for m in root.modules()]
         for module in [*blocks_of(root), root]:
+            # Autocast decides what is computed in which type, so inputs keep theirs.
+            policy = MixedPrecisionPolicy(None if module is root else low, wide, cast_forward_inputs=False)
             unit = cast(Any, fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=scalars))
             unit.set_gradient_divide_factor(1.0)  # totals are sums, so gradients add
             unit.set_force_sum_reduction_for_comms(True)
@@ -134,15 +144,16 @@ class Shards:
     @torch.no_grad()
     def _gather(self) -> None:
         self.reshard()
-        made: dict[int, nn.Parameter] = {}
         for look in self.looks:
             look.take_off()
-            for name, part in look.module._parameters.items():
-                if isinstance(part, DTensor):
-                    if id(part) not in made:
-                        made[id(part)] = nn.Parameter(part.full_tensor(), part.requires_grad)
-                    self.held.append((look.module, name, part))
-                    look.module._parameters[name] = made[id(part)]
+            parts = cast(dict[str, Any], look.module._parameters).items()
+            self.held += [(look.module, name, part) for name, part in parts if isinstance(part, DTensor)]
+        made: dict[int, nn.Parameter] = {}
+        for some in _buckets({id(part): part for _, _, part in self.held}.values()):
+            for part, tensor in zip(some, _together(some), strict=True):
+                made[id(part)] = nn.Parameter(tensor, part.requires_grad)
+        for module, name, part in self.held:
+            module._parameters[name] = made[id(part)]
 
 
 @dataclass
@@ -172,6 +183,35 @@ class _Look:
             vars(self.module)["_forward_pre_hooks"].move_to_end(key, last=False)
 
 
+def _buckets(parts: Iterable[DTensor]) -> Iterator[list[DTensor]]:
+    """The same in groups of one type that are worth one collective each."""
+    some: list[DTensor] = []
+    for part in parts:
+        if some and (part.dtype != some[0].dtype or sum(p.nbytes for p in some) > BUCKET_BYTES):
+            yield some
+            some = []
+        some.append(part)
+    if some:
+        yield some
+
+
+def _together(parts: list[DTensor]) -> list[Tensor]:
+    """Sharded tensors of one type, each whole, by one all-gather."""
+    world = parts[0].device_mesh.size()
+    local = [part.to_local() for part in parts]
+    shapes = [(-(-part.shape[0] // world), *part.shape[1:]) for part in parts]  # of the most rows that a process has
+    sizes = [math.prod(shape) for shape in shapes]
+    mine = local[0].new_zeros(sum(sizes))
+    for rows, place in zip(local, mine.split(sizes), strict=True):
+        place[: rows.numel()] = rows.flatten()
+    every = mine.new_empty(world * len(mine))
+    torch.distributed.all_gather_into_tensor(every, mine)
+    pieces = every.view(world, -1).split(sizes, 1)
+    return [
+        piece.reshape(-1, *part.shape[1:])[: len(part)].contiguous() for piece, part in zip(pieces, parts, strict=True)
+    ]
+
+
 def rows_of(whole: Any, part: DTensor) -> Tensor:
     """The rows of a whole tensor (or of anything that is sliced like one) that this process has of `part`."""
     size = -(-part.shape[0] // part.device_mesh.size())
@@ -194,7 +234,7 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             if id(tensor) not in made:
-                whole = tensor.detach().full_tensor()
+                whole = cast(Any, tensor.detach()).full_tensor()
                 made[id(tensor)] = whole.cpu() if keep else whole.new_empty(0)
             tensor = made[id(tensor)]
         if keep:

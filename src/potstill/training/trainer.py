@@ -104,7 +104,7 @@ class Trainer:
         step, updates, spent = 0, dict.fromkeys(players, 0), 0.0
         found = checkpoints(self.folder / "checkpoints" / self.stage) if self.folder else []
         if found:
-            state = load_weights(found[-1], objective, self.device)
+            state = load_weights(found[-1], objective)
             step, updates, spent = state["step"], state["updates"], state["seconds"]
             if journal and step < self.spec.steps:
                 journal.cut(state["metrics"])
