@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,6 +230,30 @@ def test_arms_of_a_seed_share_their_start_and_play_as_deep_as_they_say(tmp_path,
     curve = json.loads((tmp_path / "f2b" / "records" / "5-turns.json").read_text())["series"]
     assert [s["label"] for s in curve] == ["student before", "student after"]
     assert [len(s["y"]) for s in curve] == [4, 4]
+
+
+def test_the_teacher_tries_again_what_it_has_not_solved_and_stops_when_all_is(monkeypatch):
+    """Task i is solved at attempt i: of three tasks, 3, 2 and 1 are tried, and no fourth time none."""
+    tried = []
+
+    def attempt(teacher, make, rows, **options):
+        tried.append(rows)
+        rewards = torch.tensor([float(i < len(tried)) for i in rows])
+        return SimpleNamespace(extra={"reward": rewards, "turns": [[{"action": f"{i} at {len(tried)}"}] for i in rows]})
+
+    class Tasks(list):
+        def batch(self, rows):
+            assert len(rows)
+            return SimpleNamespace(to=lambda device: rows.tolist())
+
+    monkeypatch.setattr(module, "episodes", attempt)
+    monkeypatch.setattr(module, "environment_of", lambda source, name: None)
+    fake = SimpleNamespace(
+        plan=SimpleNamespace(eval=SimpleNamespace(batch=4)), model=lambda role: None, source=None, seed=0, device="cpu"
+    )
+    found = module.trajectories(fake, TCOD(attempts=5), Tasks("abc"), {})
+    assert found == {"0": ["0 at 1"], "1": ["1 at 2"], "2": ["2 at 3"]}
+    assert tried == [[0, 1, 2], [1, 2], [2]]
 
 
 def test_what_cannot_work_is_refused(tmp_path, tiny_lm):

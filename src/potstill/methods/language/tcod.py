@@ -166,8 +166,10 @@ def trajectories(run: Run, config: TCOD, prompts: Prompts, playing: Mapping[str,
     found: dict[str, list[str]] = {}
     tasks = range(min(config.tasks or len(prompts), len(prompts)))
     for attempt in range(config.attempts):
-        open_ = torch.tensor([i for i in tasks if str(i) not in found], dtype=torch.int64)
-        for rows in open_.split(run.plan.eval.batch):
+        open_ = [i for i in tasks if str(i) not in found]
+        if not open_:
+            break
+        for rows in torch.tensor(open_).split(run.plan.eval.batch):
             out = episodes(
                 run.model("teacher"),
                 environment_of(run.source, "tcod"),
