@@ -240,6 +240,50 @@ def test_gradient_law(d, pair):
     assert_close(by_q, -q * d.conjugate_at(u), rtol=1e-7, atol=1e-12)
 
 
+def _fits_float32(d: FDivergence) -> bool:
+    """Not those whose true value is about exp(200), nor a member that computes q f(r) as it stands."""
+    unbounded = isinstance(d, PearsonChi2 | NeymanChi2) or (isinstance(d, Alpha) and not 0 <= d.alpha <= 1)
+    return not unbounded and not isinstance(d, Triangular | ReadOff)
+
+
+@everyone
+@some_examples
+@given(pair=pairs())
+def test_the_gradient_beside_the_entries_is_autograds(d, pair):
+    log_p, log_q = (x.log() for x in pair)
+    log_q.requires_grad_()
+    expected = d.entries(teacher_logp=log_p, student_logp=log_q)
+    (by_q,) = torch.autograd.grad(expected.sum(), log_q)
+    with torch.no_grad():
+        entries, pull = d.entries_and_pull(teacher_logp=log_p, student_logp=log_q.detach())
+    assert_close(entries, expected.detach(), rtol=1e-12, atol=0)
+    assert_close(pull, by_q, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("d", filter(_fits_float32, MEMBERS), ids=repr)
+def test_the_gradient_beside_the_entries_is_finite_far_apart(d):
+    log_p = log_probs(torch.tensor([[0.0, -200.0, -90.0, 3.0]]))
+    log_q = log_probs(torch.tensor([[-150.0, 0.0, -300.0, -3.0]]))
+    _, pull = d.entries_and_pull(teacher_logp=log_p, student_logp=log_q)
+    _, exact = d.entries_and_pull(teacher_logp=log_p.double(), student_logp=log_q.double())
+    assert_close(pull.double(), exact, rtol=2e-5, atol=1e-6)
+
+
+def test_a_gradient_in_closed_form_is_not_inherited_by_another_generator():
+    @dataclass(frozen=True)
+    class Doubled(ForwardKL):
+        def f(self, log_ratio: Tensor) -> Tensor:
+            return 2 * super().f(log_ratio)
+
+        def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+            return 2 * super()._entry(log_p, log_q, log_ratio)
+
+    log_p, log_q = log_probs(rows(3, 4, seed=0)), log_probs(rows(3, 4, seed=1))
+    _, pull = Doubled().entries_and_pull(teacher_logp=log_p, student_logp=log_q)
+    assert_close(pull, -2 * log_p.exp())
+    assert all(type(d)._pulls for d in MEMBERS if not isinstance(d, Mixture | ReadOff | Triangular))
+
+
 @members
 @some_examples
 @given(pair=pairs(zeros=False), guess=st.integers(0, 2**20))
@@ -347,12 +391,6 @@ def test_zeros_give_the_limit_and_finite_gradients(d, case, dtype):
     else:
         assert value.item() == pytest.approx(near, rel=1e-6, abs=1e-12)
         assert all(g is None or g.isfinite().all() for g in gradients)
-
-
-def _fits_float32(d: FDivergence) -> bool:
-    """Not those whose true value is about exp(200), nor a member that computes q f(r) as it stands."""
-    unbounded = isinstance(d, PearsonChi2 | NeymanChi2) or (isinstance(d, Alpha) and not 0 <= d.alpha <= 1)
-    return not unbounded and not isinstance(d, Triangular | ReadOff)
 
 
 @pytest.mark.parametrize("d", filter(_fits_float32, MEMBERS + COMBINED), ids=repr)

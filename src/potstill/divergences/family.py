@@ -9,7 +9,7 @@ V outcomes.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -52,18 +52,57 @@ class FDivergence:
         which may be -inf there, go through exp alone."""
         return log_q.exp() * self.f(log_ratio)
 
+    def _pull(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        """The gradient of the same in log q, -q f*(f'(r)), for members that have it in closed form."""
+        raise NotImplementedError
+
+    _pulls: ClassVar[bool] = False  # whether `_pull` speaks of this very class's entries
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        first = next(c for c in cls.__mro__ if "_pull" in vars(c))
+        rivals = [c for c in cls.__mro__ for name in ("f", "_entry", "entries") if name in vars(c)]
+        cls._pulls = first is not FDivergence and all(issubclass(first, c) for c in rivals)
+
     def entries(self, *, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
         """The contributions q f(p / q) of the single outcomes, [*P, V]. They may be negative; their sum is not."""
         log_p, log_q = _pair(type(self).__name__, teacher_logp, student_logp)
         no_p, no_q = log_p == -INF, log_q == -INF
-        border = no_p | no_q  # -inf must reach no arithmetic: 0 * inf is NaN, in the value or in the gradient
-        log_ratio = log_p.masked_fill(border, 0.0) - log_q.masked_fill(border, 0.0)
+        border, log_ratio = _inside(log_p, log_q, no_p, no_q)
         values = self._entry(log_p, log_q, log_ratio).masked_fill(border, 0.0)
-        member, base = type(self), FDivergence  # costs that are read off stay tensors, which a compiler can trace
-        zero = self._seen_at_zero() if member.at_zero is base.at_zero else self.at_zero
-        infinity = self._seen_at_infinity() if member.at_infinity is base.at_infinity else self.at_infinity
+        zero, infinity = self._costs()
         values = _charge(values, log_q, no_p & ~no_q, zero)
         return _charge(values, log_p, no_q & ~no_p, infinity)
+
+    def entries_and_pull(self, *, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """`entries`, and their gradient in the student's log-probabilities, -q f*(f'(r)), [*P, V] each, detached.
+
+        In one pass and with the same exponentials for members with a `_pull`, by autograd for the others.
+        """
+        if not self._pulls:
+            values, back = cast(
+                Any,
+                torch.func.vjp(
+                    lambda log_q: self.entries(teacher_logp=teacher_logp, student_logp=log_q), student_logp
+                ),
+            )
+            return values, back(torch.ones_like(values))[0]
+        log_p, log_q = _pair(type(self).__name__, teacher_logp, student_logp)
+        no_p, no_q = log_p == -INF, log_q == -INF
+        border, log_ratio = _inside(log_p, log_q, no_p, no_q)
+        values = self._entry(log_p, log_q, log_ratio).masked_fill(border, 0.0)
+        pull = self._pull(log_p, log_q, log_ratio).masked_fill(border, 0.0)
+        zero, infinity = self._costs()
+        unpaid = 0.0 if isinstance(zero, float) and math.isinf(zero) else zero  # an infinite cost has no slope
+        pull = _charge(pull, log_q, no_p & ~no_q, unpaid)
+        values = _charge(values, log_q, no_p & ~no_q, zero)
+        return _charge(values, log_p, no_q & ~no_p, infinity), pull
+
+    def _costs(self) -> tuple[float | Tensor, float | Tensor]:
+        """The two costs at the border. Those that are read off stay tensors, which a compiler can trace."""
+        member, base = type(self), FDivergence
+        zero = self._seen_at_zero() if member.at_zero is base.at_zero else self.at_zero
+        return zero, self._seen_at_infinity() if member.at_infinity is base.at_infinity else self.at_infinity
 
     def nonnegative_entries(self, *, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
         """The entries of the generator f(r) - f'(1) (r - 1), [*P, V]: the same sum of normalised rows, none negative."""
@@ -160,6 +199,9 @@ class ForwardKL(FDivergence):
     def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return log_p.exp() * log_ratio
 
+    def _pull(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return -log_p.exp()
+
 
 @dataclass(frozen=True)
 class ReverseKL(FDivergence):
@@ -173,6 +215,9 @@ class ReverseKL(FDivergence):
 
     def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return -log_q.exp() * log_ratio
+
+    def _pull(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return log_q.exp() * (1 - log_ratio)
 
 
 @dataclass(frozen=True)
@@ -208,6 +253,9 @@ class JensenShannon(FDivergence):
         w, log_m = self.teacher_share, _log_mix(log_ratio, self.teacher_share)  # log m - log q
         return w * log_p.exp() * (log_ratio - log_m) - (1 - w) * log_q.exp() * log_m
 
+    def _pull(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return (self.teacher_share - 1) * log_q.exp() * _log_mix(log_ratio, self.teacher_share)
+
 
 @dataclass(frozen=True)
 class SkewForwardKL(FDivergence):
@@ -232,6 +280,9 @@ class SkewForwardKL(FDivergence):
     def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return log_p.exp() * (log_ratio - _log_mix(log_ratio, self.alpha))
 
+    def _pull(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return (self.alpha - 1) * log_p.exp() * (-_log_mix(log_ratio, self.alpha)).exp()
+
 
 @dataclass(frozen=True)
 class SkewReverseKL(FDivergence):
@@ -252,6 +303,10 @@ class SkewReverseKL(FDivergence):
 
     def f(self, log_ratio: Tensor) -> Tensor:
         return -_log_mix(log_ratio, 1 - self.alpha)
+
+    def _pull(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        log_m = _log_mix(log_ratio, 1 - self.alpha)  # log m - log q
+        return log_q.exp() * (1 - (_log(self.alpha) - log_m).exp() - log_m)
 
 
 @dataclass(frozen=True)
@@ -290,6 +345,15 @@ class Alpha(FDivergence):
         from_p = log_p.exp() * self._generator((-log_ratio).masked_fill(~above, 0.0), 1 - self.alpha)
         return torch.where(above, from_p, from_q)
 
+    def _pull(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        above, a = log_ratio > 0, self.alpha
+        below_u, above_u = log_ratio.masked_fill(above, 0.0), (-log_ratio).masked_fill(~above, 0.0)
+        if a == 0.0:
+            return torch.where(above, log_p.exp() * (-log_ratio).exp(), log_q.exp()) * -log_ratio
+        from_q = -log_q.exp() * torch.expm1(a * below_u)
+        from_p = log_p.exp() * (torch.expm1(above_u) - torch.expm1((1 - a) * above_u))
+        return torch.where(above, from_p, from_q) / a
+
 
 @dataclass(frozen=True)
 class TotalVariation(FDivergence):
@@ -303,6 +367,10 @@ class TotalVariation(FDivergence):
 
     def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return (log_p.exp() - log_q.exp()).abs() / 2
+
+    def _pull(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        p, q = log_p.exp(), log_q.exp()
+        return (q - p).sign() * q / 2
 
 
 @dataclass(frozen=True)
@@ -320,6 +388,12 @@ class SquaredHellinger(FDivergence):
         larger = torch.where(above, log_p, log_q).exp()
         return larger * torch.expm1(torch.where(above, -log_ratio, log_ratio) / 2).square() / 2
 
+    def _pull(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        above = log_ratio > 0
+        larger = torch.where(above, log_p, log_q).exp()
+        less = torch.expm1(torch.where(above, -log_ratio, log_ratio) / 2)  # sqrt(smaller / larger) - 1
+        return larger / 2 * torch.where(above, less * (1 + less), -less)
+
 
 @dataclass(frozen=True)
 class PearsonChi2(FDivergence):
@@ -333,6 +407,11 @@ class PearsonChi2(FDivergence):
 
     def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return _chi2(log_p, log_q, log_ratio)
+
+    def _pull(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        above = log_ratio > 0
+        scale = torch.where(above, log_p + log_ratio, log_q).exp()  # the larger square over q
+        return torch.where(above, 1.0, -1.0) * scale * torch.expm1(-2 * log_ratio.abs())
 
 
 @dataclass(frozen=True)
@@ -348,6 +427,11 @@ class NeymanChi2(FDivergence):
     def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return _chi2(log_q, log_p, -log_ratio)
 
+    def _pull(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        above = log_ratio > 0  # 2 q (q - p) / p
+        scale = torch.where(above, log_q, log_q - log_ratio).exp()
+        return torch.where(above, 2.0, -2.0) * scale * torch.expm1(-log_ratio.abs())
+
 
 @dataclass(frozen=True)
 class Jeffreys(FDivergence):
@@ -361,6 +445,9 @@ class Jeffreys(FDivergence):
 
     def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return (log_p.exp() - log_q.exp()) * log_ratio
+
+    def _pull(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return log_q.exp() * (1 - log_ratio) - log_p.exp()
 
 
 @dataclass(frozen=True)
@@ -378,6 +465,9 @@ class SoftenedReverseKL(FDivergence):
 
     def _entry(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
         return (log_p.exp() + log_q.exp()) * (_log_mix(log_ratio, 0.5) - log_ratio)
+
+    def _pull(self, log_p: Tensor, log_q: Tensor, log_ratio: Tensor) -> Tensor:
+        return log_q.exp() * (1 + _log_mix(log_ratio, 0.5) - log_ratio)
 
 
 @dataclass(frozen=True)
@@ -574,6 +664,13 @@ def _pair(name: str, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor
         )
     dtype = torch.promote_types(torch.promote_types(teacher_logp.dtype, student_logp.dtype), torch.float32)
     return teacher_logp.to(dtype), student_logp.to(dtype)
+
+
+def _inside(log_p: Tensor, log_q: Tensor, no_p: Tensor, no_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Where p or q is 0, and log p - log q elsewhere: -inf must reach no arithmetic, 0 * inf is NaN, in the value or in
+    the gradient."""
+    border = no_p | no_q
+    return border, log_p.masked_fill(border, 0.0) - log_q.masked_fill(border, 0.0)
 
 
 def _charge(values: Tensor, logp: Tensor, where: Tensor, cost: float | Tensor) -> Tensor:

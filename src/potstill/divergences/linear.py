@@ -195,7 +195,9 @@ class _Rows:
             teacher_entropy = entropy(log_p)
             if tokens_M is not None:
                 teacher_logp = log_p.gather(-1, tokens_M[:, None])[:, 0]
-        if gradient:
+        if gradient and ids_MK is None and isinstance(self.part, Exact) and isinstance(self.part.support, Full):
+            value, pulled = self.part.divergence.entries_and_pull(teacher_logp=log_p, student_logp=log_q)
+        elif gradient:
             value, pull = cast(Any, torch.func.vjp(compared, log_q))
             (pulled,) = pull(torch.ones_like(value))
         else:

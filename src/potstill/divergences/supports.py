@@ -22,7 +22,8 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature), [*P, V], in float32 or better. No T^2 here: objectives multiply, by name."""
     if not temperature > 0.0:
         raise RecipeError(f"temperature must be positive, got {temperature}.")
-    return (promoted(logits) / temperature).log_softmax(-1)
+    logits = promoted(logits)
+    return (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
 
 
 def log_mass(logp: Tensor) -> Tensor:
