@@ -15,7 +15,8 @@ from potstill.contracts.terms import divided
 from potstill.divergences import ReverseKL
 from potstill.models.images import ImageClassifier
 from potstill.models.taps import batchnorm_coupled
-from potstill.objectives.logits import DIST, DKD, KD, Hint, LogitDistillation, LogitLoss, Standardize, Supervised
+from potstill.objectives.feature_terms import Hint
+from potstill.objectives.logits import DIST, DKD, KD, LogitDistillation, LogitLoss, Standardize, Supervised
 from potstill.teachers.local import LocalTeacher
 
 B, V = 6, 5
@@ -268,19 +269,19 @@ def test_hints_compare_projected_layers_and_train_the_projector():
     hint = Hint(student, teacher, x, "network.stages.1", "network.stages.1", coefficient=2.0)
     assert student.training
     assert not teacher.model.training
-    it = LogitDistillation(student, teacher, optimizer=ADAM, hints=[hint])
+    it = LogitDistillation(student, teacher, optimizer=ADAM, features=[hint])
     projector = set(map(id, hint.projector.parameters()))
     assert projector <= {id(p) for p in it.players["student"].parameters()}
     loss = it.loss("student", ImageBatch(torch.arange(4), x, torch.arange(4)), 0)
     stage = lambda net: net.stages[1](net.stages[0](net.stem(x)))
     gap = hint.projector(stage(student.network)) - stage(teacher.model.network)
-    assert_close(loss.terms["hint_0"].mean(), 2 * gap.square().mean())
-    loss.terms["hint_0"].mean().backward()
+    assert_close(loss.terms["hint"].mean(), 2 * gap.square().mean())
+    loss.terms["hint"].mean().backward()
     assert hint.projector.map.weight.grad.abs().sum() > 0
     assert student.network.stem[0].weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in teacher.model.parameters())
     with pytest.raises(ModelError, match="Feature terms need a teacher in this process, and given gives logits alone"):
-        LogitDistillation(student, Given(rows(1)), optimizer=ADAM, hints=[hint])
+        LogitDistillation(student, Given(rows(1)), optimizer=ADAM, features=[hint])
 
 
 def test_parts_are_written_by_name():

@@ -1,12 +1,13 @@
 """Logit distillation of classifiers: one position a sample, the teacher's whole distribution over classes.
 
-    L = cross_entropy * CE(z, y) + distillation * w(step) * D(v', z'),   w(step) = min(step / warmup, 1)
+    L = cross_entropy * CE(z, y) + distillation * w(step) * c D(v', z') + feature terms,   w(step) = min(step / warmup, 1)
 
-z student and v teacher logits, z' and v' the same after the transforms. CE always sees the raw z. A paper is a choice
-of the logit loss D, the transforms before it and the two coefficients. B samples, V classes, D features.
+z student and v teacher logits, z' and v' the same after the transforms; c weighs samples. CE always sees the raw z. A paper
+is a choice of the logit loss D, the transforms before it, the weights and the coefficients. B samples, V classes.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,10 +21,11 @@ from potstill.contracts.players import Objective, OptimizerSpec, Player
 from potstill.contracts.signals import FullLogits, Teacher, check_signals
 from potstill.contracts.spec import Part
 from potstill.contracts.terms import Loss, Term
-from potstill.divergences import FDivergence, ForwardKL, log_probs
+from potstill.divergences import FDivergence, ForwardKL, entropy, log_probs
+from potstill.divergences.family import one_of
 from potstill.divergences.logits import dist_terms, dkd_terms, standardize
-from potstill.models.taps import batch_statistics, tap
-from potstill.objectives.blocks import Projector
+from potstill.objectives.feature_terms import FeaturesAt, FeatureTerm, Scored, Stage, features_at
+from potstill.objectives.targets import Target, TeacherProbabilities
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,122 @@ class Standardize(LogitTransform):
             student if self.of == "teacher" else z(student),
             teacher if self.of == "student" else z(teacher),
         )
+
+
+@dataclass(frozen=True)
+class Tempered(LogitTransform):
+    """Logits over a temperature of their own. With the same one on both sides, a loss sees what it would at that one."""
+
+    student: float = 1.0
+    teacher: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "student")
+        _positive(self, "teacher")
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        return student / self.student, teacher / self.teacher
+
+
+@dataclass(frozen=True)
+class Softened(LogitTransform):
+    """log((1 - share) p + share / V) in the place of the teacher's logits: part of its mass spread evenly."""
+
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise RecipeError(f"Softened.share must lie in 0 <= share < 1, got {self.share}.")
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        if self.share == 0:
+            return student, teacher
+        classes = teacher.shape[-1]
+        even = torch.full_like(teacher, math.log(self.share / classes))
+        return student, torch.logaddexp(log_probs(teacher) + math.log1p(-self.share), even)
+
+
+@dataclass(frozen=True)
+class SampleWeight:
+    """How much a sample counts in the logit loss: (student [B, V], teacher [B, V], labels [B]) -> [B], no gradient.
+
+    It sees the raw logits. A term is divided by all samples, not by the weights' sum.
+    """
+
+    def __call__(self, student: Tensor, teacher: Tensor, labels_B: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Confident(SampleWeight):
+    """1 where a model's likeliest class is the label, else 0: confident instances (MDCS, arXiv 2308.09922)."""
+
+    of: Literal["teacher", "student"] = "teacher"
+
+    def __post_init__(self) -> None:
+        one_of(self, "of", self.of, ("teacher", "student"))
+
+    @torch.no_grad()
+    def __call__(self, student: Tensor, teacher: Tensor, labels_B: Tensor) -> Tensor:
+        logits = teacher if self.of == "teacher" else student
+        return (logits.argmax(-1) == labels_B).to(student.dtype)
+
+
+@dataclass(frozen=True)
+class AboveThreshold(SampleWeight):
+    """1 where the teacher's largest probability is above a threshold, else 0: one for all classes, or one a class, which is
+    that of its likeliest class (`class_thresholds`)."""
+
+    threshold: float | tuple[float, ...] = 0.95
+
+    def __post_init__(self) -> None:
+        given = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        if not given or not all(0 <= t < 1 for t in given):
+            raise RecipeError(f"AboveThreshold.threshold must lie in 0 <= t < 1, got {self.threshold}.")
+
+    @torch.no_grad()
+    def __call__(self, student: Tensor, teacher: Tensor, labels_B: Tensor) -> Tensor:
+        confidence, predicted = log_probs(teacher).exp().max(-1)
+        if not isinstance(self.threshold, tuple):
+            return (confidence > self.threshold).to(student.dtype)
+        if len(self.threshold) != teacher.shape[-1]:
+            raise RecipeError(
+                f"AboveThreshold has {len(self.threshold)} thresholds, but the teacher knows {teacher.shape[-1]} classes."
+            )
+        return (confidence > confidence.new_tensor(self.threshold)[predicted]).to(student.dtype)
+
+
+def class_thresholds(predicted_N: Tensor, classes: int, top: float = 0.95) -> Tensor:
+    """top * r / (2 - r) a class, r = N_c / max N the share of predictions that fall on it: rare classes pass more easily.
+
+    [N] int64 -> [V]. Source: KD3, arXiv 2307.11469; a class that is never predicted gets 0.
+    """
+    counts = predicted_N.bincount(minlength=classes).double()
+    r = counts / counts.max().clamp_min(1)
+    return top * r / (2 - r)
+
+
+@dataclass(frozen=True)
+class EntropyGate(SampleWeight):
+    """`high` where the named model's distribution has the larger entropy, strictly, else 1 (BD-KD, arXiv 2212.12965).
+
+    temperature: at which entropies are taken.
+    """
+
+    of: Literal["teacher", "student"] = "teacher"
+    high: float = 2.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        one_of(self, "of", self.of, ("teacher", "student"))
+        _positive(self, "high")
+        _positive(self, "temperature")
+
+    @torch.no_grad()
+    def __call__(self, student: Tensor, teacher: Tensor, labels_B: Tensor) -> Tensor:
+        theirs, own = (entropy(log_probs(x, self.temperature)) for x in (teacher, student))
+        higher = theirs > own if self.of == "teacher" else own > theirs
+        return torch.where(higher, self.high, 1.0).to(student.dtype)
 
 
 @dataclass(frozen=True)
@@ -135,6 +253,22 @@ class DIST(LogitLoss):
         return parts
 
 
+@dataclass(frozen=True)
+class SoftTarget(LogitLoss):
+    """-sum_v w_v log q_v with a target w of teacher and label, q the student's at a temperature; no T^2, and no entropy of
+    the target taken off."""
+
+    target: Part(Target) = field(default_factory=TeacherProbabilities)  # type: ignore[valid-type]
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "temperature")
+
+    def __call__(self, student: Tensor, teacher: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
+        w, log_q = self.target(teacher, labels_B), log_probs(student, self.temperature)
+        return {"target": -torch.where(w > 0, w * log_q, 0.0).sum(-1)}
+
+
 def _positive(part: Any, name: str) -> None:
     if getattr(part, name) <= 0:
         raise RecipeError(f"{type(part).__name__}.{name} must be positive, got {getattr(part, name)}.")
@@ -142,35 +276,7 @@ def _positive(part: Any, name: str) -> None:
 
 Part(LogitLoss)
 Part(LogitTransform)
-
-
-class Hint(nn.Module):
-    """A feature term: mean squared error between a student's layer, projected, and a teacher's (FitNets, 1412.6550).
-
-    Made on a few images, which tell the shapes. Layers are module names of the two adapters.
-    """
-
-    def __init__(
-        self,
-        student: Any,
-        teacher: Any,
-        images: Tensor,
-        student_layer: str,
-        teacher_layer: str,
-        coefficient: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.student_layer, self.teacher_layer, self.coefficient = student_layer, teacher_layer, coefficient
-        shapes = []
-        for model, layer in ((student, student_layer), (teacher.model, teacher_layer)):
-            with torch.no_grad(), batch_statistics(model), tap(model, [layer]) as taps:  # leaves the model as it was
-                model(images)
-            shapes.append(taps.outputs[layer].shape)
-        self.projector = Projector(*shapes)
-
-    def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
-        """One value a sample. [B]."""
-        return (self.projector(student_features) - teacher_features.detach()).square().flatten(1).mean(1)
+Part(SampleWeight)
 
 
 class Supervised(Objective):
@@ -214,8 +320,8 @@ class LogitDistillation(Supervised):
     """Distil a classifier from its teacher's logits, with labels and feature terms where wanted.
 
     teacher: gives FullLogits. logit_loss: a LogitLoss, or an FDivergence (at temperature 1). transforms: before the
-    loss, in order. warmup: steps over which the loss's weight grows from 0 to `distillation`.
-    hints: feature terms, for teachers in this process.
+    loss, in order. weights: of samples, multiplied. warmup: steps over which the loss's weight grows from 0 to
+    `distillation`; feature terms are not warmed up. Those that read the teacher's features need it in this process.
     """
 
     def __init__(
@@ -228,24 +334,26 @@ class LogitDistillation(Supervised):
         cross_entropy: float = 0.1,
         distillation: float = 0.9,
         transforms: Sequence[LogitTransform] = (),
+        weights: Sequence[SampleWeight] = (),
         warmup: int = 0,
         label_smoothing: float = 0.0,
-        hints: Sequence[Hint] = (),
+        features: Sequence[FeatureTerm] = (),
     ) -> None:
         super().__init__(student, optimizer=optimizer, label_smoothing=label_smoothing)
         check_signals(type(self).__name__, FullLogits, teacher)
-        if hints and not hasattr(teacher, "model"):
+        if any(term.teacher_stages for term in features) and not hasattr(teacher, "model"):
             raise ModelError(f"Feature terms need a teacher in this process, and {teacher.name} gives logits alone.")
         self.teacher = teacher
         loss = KD(1.0, logit_loss) if isinstance(logit_loss, FDivergence) else logit_loss
-        self.logit_loss, self.couples = loss, loss.couples
+        self.logit_loss = loss
+        self.couples = "batch" if "batch" in (loss.couples, *(term.couples for term in features)) else "position"
         self.cross_entropy, self.distillation, self.warmup = cross_entropy, distillation, warmup
-        self.transforms = list(transforms)
-        self.hints = nn.ModuleList(hints)
+        self.transforms, self.weights = list(transforms), list(weights)
+        self.features = nn.ModuleList(features)
 
     @property
     def players(self) -> dict[str, Player]:
-        return {"student": Player([self.student, *self.hints], self.optimizer)}
+        return {"student": Player([self.student, *self.features], self.optimizer)}
 
     def weight(self, step: int) -> float:
         """The distillation coefficient at a step."""
@@ -264,19 +372,24 @@ class LogitDistillation(Supervised):
         return student, teacher
 
     def loss(self, player: str, batch: Any, step: int) -> Loss:
-        hints: list[Any] = list(self.hints)
-        with tap(self.student, [h.student_layer for h in hints]) as mine:
+        terms_of: list[Any] = list(self.features)
+        with features_at(self.student, [s for term in terms_of for s in term.student_stages]) as mine:
             logits_BV = self.logits(batch)
-        signal, theirs = self._scored(batch, [h.teacher_layer for h in hints])
+        signal, theirs = self._scored(batch, [s for term in terms_of for s in term.teacher_stages])
         parts = self.logit_loss(*self.compared(logits_BV, signal), batch.labels_B)
+        for weight in self.weights:
+            weight_B = weight(logits_BV.detach(), signal.to(logits_BV.dtype), batch.labels_B)
+            parts = {name: values_B * weight_B for name, values_B in parts.items()}
         terms = {}
         if self.cross_entropy:
             terms["ce"] = self._cross_entropy(logits_BV, batch.labels_B, self.cross_entropy)
-        weight = self.weight(step)
-        terms |= {name: Term.over(values_B, coefficient=weight, unit="sample") for name, values_B in parts.items()}
-        for i, hint in enumerate(hints):
-            values_B = hint(mine.outputs[hint.student_layer], theirs[hint.teacher_layer])
-            terms[f"hint_{i}"] = Term.over(values_B, coefficient=hint.coefficient, unit="sample")
+        share = self.weight(step)
+        terms |= {name: Term.over(values_B, coefficient=share, unit="sample") for name, values_B in parts.items()}
+        scored = Scored(logits_BV, signal.detach().to(logits_BV.dtype), batch.labels_B)
+        for i, term in enumerate(terms_of):
+            values_B = term(mine.of(term.student_stages), theirs.of(term.teacher_stages), scored)
+            name = term.name if [t.name for t in terms_of].count(term.name) == 1 else f"{term.name}_{i}"
+            terms[name] = Term.over(values_B, coefficient=term.coefficient, unit="sample")
         whole_B = torch.stack(list(parts.values())).sum(0).detach()
         agree_B = (logits_BV.argmax(-1) == signal.argmax(-1)).float()
         metrics = self._metrics(logits_BV, batch.labels_B) | {
@@ -285,14 +398,64 @@ class LogitDistillation(Supervised):
         }
         return Loss(terms, metrics, {"distance": whole_B})
 
-    def _scored(self, batch: Batch, layers: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The teacher's logits and its tapped layers, in one pass without gradient."""
+    def _scored(self, batch: Batch, stages: Sequence[Stage]) -> tuple[Tensor, FeaturesAt]:
+        """The teacher's logits and its features at some stages, in one pass without gradient."""
         teacher: Any = self.teacher
-        with torch.no_grad():
-            if not layers:
-                return teacher.score(batch, FullLogits).logits, {}
-            with tap(teacher.model, layers) as taps:
-                return teacher.score(batch, FullLogits).logits, taps.outputs
+        with torch.no_grad(), features_at(getattr(teacher, "model", None), stages) as seen:
+            return teacher.score(batch, FullLogits).logits, seen
+
+
+class MutualDistillation(Objective):
+    """Classifiers that learn together, each from the labels and from the others' logits, which are constants to it.
+
+        L_i = cross_entropy * CE(z_i, y) + mean over its peers j of D_i(z_j, z_i)
+
+    networks: by name, the student among them. losses: D_i by the network's name; one that has none learns from labels
+    alone. One player holds all: as no gradient passes between networks, it is one optimizer for each, but for the gradient
+    norm, which train.clip bounds for all together. Source: deep mutual learning, arXiv 1706.00384.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        losses: Mapping[str, LogitLoss],
+        *,
+        optimizer: OptimizerSpec,
+        cross_entropy: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if len(networks) < 2:
+            raise ModelError(f"Mutual distillation needs at least two networks, got {len(networks)}.")
+        for name in losses:
+            if name not in networks:
+                raise RecipeError(f"A loss is given for {name}, but the networks are {', '.join(networks)}.")
+        self.networks, self.losses = nn.ModuleDict(networks), dict(losses)
+        self.optimizer, self.cross_entropy = optimizer, cross_entropy
+        self.couples = "batch" if any(loss.couples == "batch" for loss in losses.values()) else "position"
+
+    @property
+    def players(self) -> dict[str, Player]:
+        return {"networks": Player([self.networks], self.optimizer)}
+
+    def loss(self, player: str, batch: Any, step: int) -> Loss:
+        labels_B, logits = batch.labels_B, {name: network(batch.images) for name, network in self.networks.items()}
+        logits = {name: z.to(torch.promote_types(z.dtype, torch.float32)) for name, z in logits.items()}
+        shapes = {name: list(z.shape) for name, z in logits.items()}
+        if len({tuple(shape) for shape in shapes.values()}) > 1:
+            raise ModelError(f"Networks that learn together must know the same classes; their logits are {shapes}.")
+        _check_labels(labels_B, next(iter(logits.values())).shape[1])
+        terms, metrics = {}, {}
+        for name, z in logits.items():
+            ce_B = F.cross_entropy(z, labels_B, reduction="none")
+            terms[f"{name}_ce"] = Term.over(ce_B, coefficient=self.cross_entropy, unit="sample")
+            metrics[f"{name}_accuracy"] = Term.over((z.argmax(-1) == labels_B).float(), unit="sample")
+            if name not in self.losses:
+                continue
+            peers = [self.losses[name](z, other.detach(), labels_B) for peer, other in logits.items() if peer != name]
+            for part in peers[0]:
+                values_B = torch.stack([values[part] for values in peers]).mean(0)
+                terms[f"{name}_{part}"] = Term.over(values_B, unit="sample")
+        return Loss(terms, metrics)
 
 
 def _check_labels(labels_B: Tensor, classes: int) -> None:
