@@ -236,6 +236,7 @@ def machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "python": platform.python_version(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+        "large_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", ""),
         "versions": versions,
     }
 
@@ -267,6 +268,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         print(json.dumps(measure(options.one, options.repeats)))
         return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `potstill` does: large pages, for everybody
     kept = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() and options.only else []
     results = {r["case"]: r for r in kept}
     chosen = [name for name in cases() if options.only in name]

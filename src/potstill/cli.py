@@ -14,6 +14,7 @@ from potstill.contracts.errors import PotstillError
 # Two PyTorch processes that spin on shared cores slow each other down a hundredfold; waiting threads must sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors: half the time in the kernel
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,

@@ -117,7 +117,7 @@ def objective(case: str, models: Path) -> Objective:
         case "lora":  # one row, and none left for the second process
             return Watched(student.with_lora(LoraSpec(r=1)), teacher, **known)
         case "seesaw":
-            return Seesaw(student, larger)
+            return Seesaw(student, larger.requires_grad_(True))
         case "counts":
             return TwoCounts(student, teacher, **known)
         case "elsewhere":  # a weight with a second owner

@@ -36,7 +36,7 @@ from potstill.divergences.supports import Full, Support, TopK, log_mass, log_pro
 CHUNK_BYTES = 160 * 10**6  # of one buffer of logits; two are held
 CHUNK_ROWS = 512  # above it the products gain nothing, far below it they wait for the heads to be read again
 GPU_ROWS = 128  # rows of one pass of row-wise work on an accelerator
-BLOCK = 2**18  # logits in one pass of row-wise work: about what a core's second-level cache holds
+BLOCK = 2**20  # logits in one pass of row-wise work: enough rows for all threads, few enough for the caches
 RECOMPUTE = {"realize_opcount_threshold": 1000, "realize_reads_threshold": 1000}  # fuse rather than write to memory
 TILE = 2**22  # entries of a head that are converted at once where the processor multiplies its type slowly
 

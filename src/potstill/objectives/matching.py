@@ -2,19 +2,21 @@
 
     x = G(z),  x_t = x + sigma eps,  D_T the frozen teacher, D_S the fake score (a denoiser of the generator's samples)
 
-Two losses suffice for the published methods: a detached pseudo-target on x, whose gradient is a vector field v,
+Two losses suffice for the published methods. `DistributionMatching`: a detached pseudo-target on x, whose gradient is a
+vector field v,
 
     L = 1/2 mean |x - sg[x - v]|^2   =>   dL/dx = v / numel,
 
-and a surrogate through the frozen networks. A method is then a choice of the field, of the levels on which generator
-and fake score are compared, of a weight a sample, of an adversary, and of who moves when. B samples, C H W (or D), L
-logits of one sample.
+and `ScoreSurrogate`: a scalar whose gradient flows through x_t into the frozen networks. A method is then a choice of
+field or surrogate, of what normalises it, of the levels on which generator and fake score are compared, of a weight a
+sample, of an adversary, and of who moves when. B samples, C H W (or D), L logits of one sample.
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +26,14 @@ from potstill.contracts import keyed
 from potstill.contracts.batch import Batch, ImageBatch, PointBatch
 from potstill.contracts.errors import RecipeError
 from potstill.contracts.players import Always, Objective, OptimizerSpec, Player, When
+from potstill.contracts.spec import Part
 from potstill.contracts.terms import Loss, Term
-from potstill.divergences.scores import sid
+from potstill.divergences import TimeBins, ratio_from_logits
 from potstill.models.build import freeze
-from potstill.models.denoisers import Condition, Guided, OneStep
+from potstill.models.denoisers import Condition, Guided, MixtureDenoiser, OneStep, PointAffine
 from potstill.models.ema import EMA
 from potstill.noise.gaussian import LevelSampler, LogNormal, edm_weight, spread
+from potstill.noise.mixture import GaussianMixture
 from potstill.objectives.blocks import Heads
 
 
@@ -50,16 +54,6 @@ def per_sample(x: Tensor) -> Tensor:
 def noised(x: Tensor, sigma_B: Tensor, seed: int, ids_B: Tensor) -> Tensor:
     """x + sigma eps, eps a function of (seed, id)."""
     return x + spread(sigma_B, x) * keyed.normal_like(seed, ids_B, x)
-
-
-def identity_surrogate(x: Tensor, teacher: Tensor, fake: Tensor, alpha: float = 1.0) -> Tensor:
-    """SiD (arXiv 2404.04057): mean of (1 - alpha) |D_T - D_S|^2 + (D_T - D_S) (D_S - x). [B]
-
-    Nothing is detached: gradients run through x_t into both networks, whose parameters are held fixed, and through x.
-    At alpha = 1 the gradient is half that of E|D_T - D_S|^2 where the fake score follows the generator while the points
-    x_t stay: score implicit matching.
-    """
-    return sid(x, teacher=teacher, student=fake, alpha=alpha) / x[0].numel()
 
 
 def condition_of(batch: Batch, denoiser: Any) -> Condition:
@@ -135,12 +129,14 @@ class DenoisingScoreMatching(Objective):
 
 @dataclass
 class Adversary:
-    """A discriminator on features of a denoiser that it does not train: real against generated samples, both noised.
+    """A discriminator on features of a denoiser: real against generated samples, both noised.
 
     Heads see activations `taps` of the `trunk`, the teacher or the fake score. Loss: softplus (non-saturating), label 1
     is real, so that a calibrated logit is log p(x_t) / q(x_t) with p the data (teacher) and q the generator.
     r1: weight of the finite-difference penalty mean (logit(x_t + 0.1 n) - logit(x_t))^2 on real inputs (FastGen's
-    form). shared_noise: real and generated samples get the same level and noise.
+    form). shared_noise: real and generated samples get the same level and noise. levels: the adversary's own; None takes
+    those of the comparison, and for the generator its very points. joint: weight of the discriminator's loss inside the
+    fake score's, which then trains heads and trunk; None makes the heads a player, and the trunk is not moved.
     """
 
     heads: Heads
@@ -152,11 +148,20 @@ class Adversary:
     )
     r1: float = 0.0
     shared_noise: bool = False
+    levels: LevelSampler | None = None
+    joint: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.joint is not None and self.trunk != "fake":
+            raise RecipeError("An adversary that is trained with the fake score needs its features: trunk is fake.")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the generator's loss sees at one noise level: [B, ...], sigma_B [B]. Only the logits carry a gradient."""
+    """What the generator's loss sees at one noise level: [B, ...], sigma_B [B].
+
+    Of a pseudo-target only x and the logits carry a gradient; of a surrogate everything does, through x_t.
+    """
 
     x: Tensor
     x_t: Tensor
@@ -164,6 +169,64 @@ class Comparison:
     teacher: Tensor  # D_T(x_t; sigma)
     fake: Tensor  # D_S(x_t; sigma)
     logits_BL: Tensor | None  # of the adversary at (x_t, sigma)
+
+
+class Normaliser:
+    """What a sample's field or surrogate is divided by: [B], detached."""
+
+    def __call__(self, at: Comparison) -> Tensor:
+        raise NotImplementedError
+
+
+Part(Normaliser)
+
+
+@dataclass(frozen=True)
+class Bare(Normaliser):
+    """1: the loss as it is, in denoisers. Seen in scores, whose difference is 1 / sigma^2 of theirs, a weight sigma^2."""
+
+    def __call__(self, at: Comparison) -> Tensor:
+        return torch.ones_like(per_sample(at.teacher.detach()))
+
+
+@dataclass(frozen=True)
+class TeacherError(Normaliser):
+    """mean |x - D_T| + eps, at least `least`: what DMD, DMD2 and f-distill (eps), SiD and Uni-Instruct (least) take."""
+
+    eps: float = 1e-6
+    least: float = 0.0
+
+    def __call__(self, at: Comparison) -> Tensor:
+        return (per_sample((at.x.detach() - at.teacher.detach()).abs()) + self.eps).clamp_min(self.least)
+
+
+@dataclass(frozen=True)
+class NoisePower(Normaliser):
+    """sigma^power: an explicit weight of the noise level."""
+
+    power: float
+
+    def __call__(self, at: Comparison) -> Tensor:
+        return at.sigma_B.to(at.teacher.dtype) ** self.power
+
+
+class AffineScore(nn.Module):
+    """The fake score of an affine generator of points as a formula: the optimal denoiser of what it makes now."""
+
+    def __init__(self, generator: OneStep) -> None:
+        super().__init__()
+        self._generator = (generator,)  # in a tuple, so that its parameters are not this module's
+
+    @property
+    def density(self) -> GaussianMixture:
+        """The generator's law, without gradients."""
+        (generator,) = self._generator
+        affine: PointAffine = generator.denoiser.network
+        std_D = (affine.scale * generator.sigma_init).abs().detach()
+        return GaussianMixture(affine.shift.detach()[None], std_D[None])
+
+    def forward(self, x: Tensor, sigma: Tensor | float, condition: Condition = None) -> Tensor:
+        return self.density.denoise(x, sigma)
 
 
 class DistributionMatching(Objective):
@@ -174,10 +237,15 @@ class DistributionMatching(Objective):
 
         v = (D_S - D_T) / (mean |x - D_T| + 1e-6).
 
-    Subclasses override `sample_weight` (f-distill) or `field`. `normalize=False` leaves the field bare: Diff-Instruct.
-    generator_when and fake_when decide the two-time-scale alternation; EMA moves only with the generator. A fake score
-    without parameters is a formula and no player.
+    Subclasses override `sample_weight` (f-distill), `field`, or `matching`; `normaliser=Bare()` leaves the field bare:
+    Diff-Instruct. elements: whether a sample's loss is the mean or the sum over its elements, which a published learning
+    rate supposes; scale: the published factor before it. generator_when and fake_when decide the two-time-scale
+    alternation, fake_first who moves first within a step; EMA moves only with the generator. A fake score without
+    parameters is a formula and no player.
     """
+
+    through: ClassVar[bool] = False  # whether gradients run through x_t into teacher and fake score
+    uses_ratio: ClassVar[bool] = False  # whether the loss needs log p_t / q_t where it compares
 
     def __init__(
         self,
@@ -193,7 +261,10 @@ class DistributionMatching(Objective):
         fake_levels: LevelSampler | None = None,
         generator_when: When = Always(),
         fake_when: When = Always(),
-        normalize: bool = True,
+        fake_first: bool = False,
+        normaliser: Normaliser = TeacherError(),
+        elements: Literal["mean", "sum"] = "mean",
+        scale: float = 1.0,
         sigma_data: float | None = None,
         ema: float | None = 0.999,
     ) -> None:
@@ -207,8 +278,9 @@ class DistributionMatching(Objective):
         self.heads = adversary.heads if adversary is not None else None
         self.seed, self.optimizer, self.fake_optimizer = seed, optimizer, fake_optimizer
         self.levels, self.fake_levels = levels, fake_levels or levels
-        self.generator_when, self.fake_when = generator_when, fake_when
-        self.normalize, self.sigma_data = normalize, sigma_data or sigma_data_of(plain)
+        self.generator_when, self.fake_when, self.fake_first = generator_when, fake_when, fake_first
+        self.normaliser, self.elements, self.scale = normaliser, elements, scale
+        self.sigma_data = sigma_data or sigma_data_of(plain)
         self.ema = EMA(generator, ema) if ema is not None else None
 
     @property
@@ -224,10 +296,14 @@ class DistributionMatching(Objective):
     @property
     def players(self) -> dict[str, Player]:
         players = {"generator": Player([self.generator], self.optimizer, when=self.generator_when)}
+        joint = self.adversary is not None and self.adversary.joint is not None
         if any(True for _ in self.fake.parameters()):
-            players["fake_score"] = Player([self.fake], self.fake_optimizer, when=self.fake_when)
-        if self.adversary is not None:
+            modules = [self.fake, self.adversary.heads] if self.adversary is not None and joint else [self.fake]
+            players["fake_score"] = Player(modules, self.fake_optimizer, when=self.fake_when)
+        if self.adversary is not None and not joint:
             players["discriminator"] = Player([self.adversary.heads], self.adversary.optimizer, when=self.fake_when)
+        if self.fake_first:
+            players["generator"] = players.pop("generator")  # to the end
         return players
 
     def train(self, mode: bool = True) -> "DistributionMatching":
@@ -237,24 +313,40 @@ class DistributionMatching(Objective):
         self.fake.eval()
         return self
 
-    # ---------------------------------------------------------------- the two choices of a method
+    # ---------------------------------------------------------------- the choices of a method
 
     def field(self, at: Comparison) -> Tensor:
         """The vector field v that the generator descends. Shape of x; detached."""
         v = at.fake - at.teacher
-        if self.normalize:
-            v = v / spread(per_sample((at.x.detach() - at.teacher).abs()) + 1e-6, v)
-        return v
+        return v / spread(self.normaliser(at), v)
+
+    def matching(self, at: Comparison, step: int) -> Tensor:
+        """The generator's loss of each sample. [B]"""
+        target = (at.x - self.field(at)).detach()
+        return 0.5 * self.over_elements((at.x - target) ** 2)
 
     def sample_weight(self, at: Comparison) -> Tensor | None:
         """Relative weights of the samples, [B], detached and not negative; None is one for each.
 
         They are divided by their mean over the whole step: the trainer's one division is by their sum over all
-        micro-batches and ranks. An absolute weight belongs into `field`.
+        micro-batches and ranks. An absolute weight belongs into `normaliser`.
         """
         return None
 
+    def adversarial(self, at: Comparison, batch: Batch, step: int) -> Tensor:
+        """softplus(-logit) of the generated samples, [B], at the compared points unless the adversary has own levels."""
+        logits_BL = at.logits_BL
+        assert self.adversary is not None
+        if self.adversary.levels is not None:
+            logits_BL = self.logits(*self.criticised(at.x, batch, step, "adversarial"), self.condition(batch))
+        assert logits_BL is not None
+        return softplus(-logits_BL).mean(1)
+
     # ---------------------------------------------------------------- one step
+
+    def over_elements(self, x: Tensor) -> Tensor:
+        """Mean or sum over all but the batch. [B, ...] -> [B]"""
+        return per_sample(x) if self.elements == "mean" else x.flatten(1).sum(1)
 
     def condition(self, batch: Batch) -> Condition:
         return condition_of(batch, self._frozen[1])
@@ -282,6 +374,15 @@ class DistributionMatching(Objective):
         sigma_B = self.levels(seed, batch.ids_B)
         return noised(x, sigma_B, seed, batch.ids_B), sigma_B
 
+    def criticised(self, x: Tensor, batch: Batch, step: int, purpose: str) -> tuple[Tensor, Tensor]:
+        """The same at the adversary's levels."""
+        assert self.adversary is not None
+        if self.adversary.levels is None:
+            return self.noised(x, batch, step, purpose)
+        seed = keyed.key(self.seed, purpose, step)
+        sigma_B = self.adversary.levels(seed, batch.ids_B)
+        return noised(x, sigma_B, seed, batch.ids_B), sigma_B
+
     def loss(self, player: str, batch: Batch, step: int) -> Loss:
         match player:
             case "generator":
@@ -294,65 +395,75 @@ class DistributionMatching(Objective):
         """Noise x and ask teacher, fake score and adversary there."""
         x_t, sigma_B = self.noised(x, batch, step, "compare")
         teacher, fake, logits_BL = self.answers(x_t, sigma_B, self.condition(batch))
-        return Comparison(x, x_t.detach(), sigma_B, teacher, fake, logits_BL)
+        return Comparison(x, x_t if self.through else x_t.detach(), sigma_B, teacher, fake, logits_BL)
 
     def answers(self, x_t: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor | None]:
-        """D_T, D_S, both detached, and the adversary's logits [B, L] with their gradient in x_t."""
+        """D_T, D_S (detached unless the loss runs through them), and logits [B, L] with their gradient in x_t."""
         found: list[Tensor] = []
         logits_BL = None
+        asked = self.uses_ratio or (self.adversary is not None and self.adversary.levels is None)
+        wanted = torch.is_grad_enabled() and (
+            self.through or (self.adversary is not None and self.adversary.weight > 0)
+        )
         for model in (self.teacher, self.fake):
-            if self.adversary is not None and model is self.trunk:  # one pass gives both
-                with torch.set_grad_enabled(torch.is_grad_enabled() and self.adversary.weight > 0):
+            if asked and self.adversary is not None and model is self.trunk:  # one pass gives both
+                with torch.set_grad_enabled(wanted):
                     x0, features = model.with_features(x_t, sigma_B, condition, names=self.adversary.taps)
                     logits_BL = self.adversary.heads(features)
             else:
-                with torch.no_grad():
+                with torch.set_grad_enabled(torch.is_grad_enabled() and self.through):
                     x0 = model(x_t, sigma_B, condition)
-            found.append(x0.detach())
-        if self.adversary is not None and logits_BL is None:  # a guided teacher: the features are the plain one's
-            logits_BL = self.logits(x_t, sigma_B, condition)
+            found.append(x0 if self.through else x0.detach())
+        if asked and logits_BL is None:  # a formula; or a guided teacher: the features are the plain one's
+            with torch.set_grad_enabled(wanted):
+                logits_BL = self.logits(x_t, sigma_B, condition)
         return found[0], found[1], logits_BL
 
     def logits(self, x_t: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        """The adversary's logits. [B, L]"""
-        assert self.adversary is not None
-        return self.adversary.heads(self.trunk.features(x_t, sigma_B, condition, names=self.adversary.taps))
+        """The adversary's logits, [B, L]; without one, of a mixture and an affine generator, log p - log q, [B, 1]."""
+        if self.adversary is not None:
+            return self.adversary.heads(self.trunk.features(x_t, sigma_B, condition, names=self.adversary.taps))
+        if not isinstance(self.fake, AffineScore):
+            raise RecipeError(f"{type(self).__name__} needs a density ratio: give it an adversary.")
+        log_q_B = self.fake.density.log_density(x_t, sigma_B)
+        return (self.teacher.mixture.log_density(x_t, sigma_B) - log_q_B)[:, None]
 
     def generator_loss(self, batch: Batch, step: int) -> Loss:
-        x = self.generate(batch, step)
-        at = self.compare(batch, step, x)
-        target = (x - self.field(at)).detach()
-        values_B = 0.5 * per_sample((x - target) ** 2)
-        gap_B = per_sample((at.fake - at.teacher).abs())
-        metrics = {"gap": Term.over(gap_B, unit="sample")}
+        at = self.compare(batch, step, self.generate(batch, step))
+        values_B = self.matching(at, step)
+        metrics = {"gap": Term.over(per_sample((at.fake - at.teacher).detach().abs()), unit="sample")}
         weight_B = self.sample_weight(at)
         if weight_B is None:
-            terms = {"matching": Term.over(values_B, unit="sample")}
+            terms = {"matching": Term.over(values_B, None, self.scale, unit="sample")}
         else:
             weight_B = weight_B.detach().to(values_B.dtype)
-            terms = {"matching": Term((weight_B * values_B).sum(), weight_B.sum(), unit="weight")}
+            terms = {"matching": Term((weight_B * values_B).sum(), weight_B.sum(), self.scale, unit="weight")}
             metrics["weight"] = Term.over(weight_B, unit="sample")
             metrics["weight_squared"] = Term.over(weight_B**2, unit="sample")
         if self.adversary is not None and self.adversary.weight > 0:
-            assert at.logits_BL is not None
-            terms["adversarial"] = Term.over(
-                softplus(-at.logits_BL).mean(1), None, self.adversary.weight, unit="sample"
-            )
+            values_B = self.adversarial(at, batch, step)
+            terms["adversarial"] = Term.over(values_B, None, self.adversary.weight, unit="sample")
         return Loss(terms, metrics)
 
     def fake_loss(self, batch: Batch, step: int) -> Loss:
         x, seed = self.fake_samples(batch, step), keyed.key(self.seed, "fake", step)
         sigma_B = self.fake_levels(seed, batch.ids_B)
         values_B = denoising_loss(self.fake, x, sigma_B, seed, batch.ids_B, self.sigma_data, self.condition(batch))
-        return Loss({"denoising": Term.over(values_B, unit="sample")})
+        loss = Loss({"denoising": Term.over(values_B, unit="sample")})
+        if self.adversary is not None and self.adversary.joint is not None:
+            critic = self.discriminator_loss(batch, step)
+            weight = self.adversary.joint
+            terms = {k: replace(v, coefficient=weight * v.coefficient) for k, v in critic.terms.items()}
+            return Loss(loss.terms | terms, critic.metrics)
+        return loss
 
     def discriminator_loss(self, batch: Batch, step: int) -> Loss:
         assert self.adversary is not None
         condition = self.condition(batch)
         with torch.no_grad():
-            real_t, sigma_B = self.noised(real_samples(batch), batch, step, "real")
+            real_t, sigma_B = self.criticised(real_samples(batch), batch, step, "real")
             purpose = "real" if self.adversary.shared_noise else "generated"
-            fake_t, fake_sigma_B = self.noised(self.fake_samples(batch, step), batch, step, purpose)
+            fake_t, fake_sigma_B = self.criticised(self.fake_samples(batch, step), batch, step, purpose)
         real_BL, fake_BL = self.logits(real_t, sigma_B, condition), self.logits(fake_t, fake_sigma_B, condition)
         terms = {
             "generated": Term.over(softplus(fake_BL).mean(1), unit="sample"),
@@ -368,6 +479,102 @@ class DistributionMatching(Objective):
     def after_step(self, player: str, step: int) -> None:
         if player == "generator" and self.ema is not None:
             self.ema.update(self.generator)
+
+
+class ScoreSurrogate(DistributionMatching):
+    """The other loss: gradients run through x_t into teacher and fake score, whose parameters are held fixed.
+
+    Its value means nothing and may be negative; watch `gap`.
+    """
+
+    through = True
+
+    def surrogate(self, at: Comparison, step: int) -> Tensor:
+        """A scalar of each sample, summed over its elements, before the normaliser. [B]"""
+        raise NotImplementedError
+
+    def matching(self, at: Comparison, step: int) -> Tensor:
+        value_B = self.surrogate(at, step) / self.normaliser(at)
+        return value_B if self.elements == "sum" else value_B / at.x[0].numel()
+
+
+class RatioMatching(DistributionMatching):
+    """What methods share that need r = p_t / q_t: the adversary's logit, clipped, divided by the mean of its time bin.
+
+    The bins are filled from the whole step before the first ratio is divided by them.
+    """
+
+    uses_ratio = True
+
+    def __init__(
+        self,
+        generator: OneStep,
+        teacher: Any,
+        *,
+        ratio_lower: float = 0.1,
+        ratio_upper: float = 20.0,
+        bins: TimeBins | None = None,
+        bins_over: Literal["sigma", "log_sigma"] = "sigma",
+        **options: Any,
+    ) -> None:
+        super().__init__(generator, teacher, **options)
+        if not ratio_lower < ratio_upper:
+            raise RecipeError(f"A ratio needs ratio_lower < ratio_upper, got {ratio_lower} and {ratio_upper}.")
+        self.limits = (ratio_lower, ratio_upper)
+        self.bins, self.bins_over = bins, bins_over
+        self._gathered: tuple[int, Tensor, Tensor] | None = None  # (step, totals, counts) of the time bins
+
+    def ratio(self, logits_BL: Tensor) -> Tensor:
+        lower, upper = self.limits
+        return ratio_from_logits(logits_BL, lower=lower, upper=upper)
+
+    def times(self, sigma_B: Tensor) -> Tensor:
+        return sigma_B.log() if self.bins_over == "log_sigma" else sigma_B
+
+    def collect(self, batch: Batch, step: int) -> Batch:
+        """Needs the ratios of the whole batch before the first of them is divided."""
+        if self.bins is not None and self.generator_when(step):
+            x_t, sigma_B = self.noised(self.generate(batch, step), batch, step, "compare")
+            ratio_B = self.ratio(self.logits(x_t, sigma_B, self.condition(batch)))
+            total, count = self.bins.sums(ratio_B, self.times(sigma_B))
+            if self._gathered is not None and self._gathered[0] == step:
+                total, count = total + self._gathered[1], count + self._gathered[2]
+            self._gathered = (step, total, count)
+        return batch
+
+    def ratio_at(self, at: Comparison) -> Tensor:
+        """r of the compared points, detached. [B]"""
+        assert at.logits_BL is not None
+        ratio_B = self.ratio(at.logits_BL)
+        if self.bins is None:
+            return ratio_B
+        if self._gathered is not None:
+            _, total, count = self._gathered
+            self.bins.update(over_ranks(total), over_ranks(count))
+            self._gathered = None
+        return self.bins.divide(ratio_B, self.times(at.sigma_B))
+
+
+def over_ranks(x: Tensor) -> Tensor:
+    """The sum of a tensor over the processes of the run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def time_bins(levels: LevelSampler, over: Literal["sigma", "log_sigma"], bins: int, rho: float) -> TimeBins:
+    """Equal bins between the ends of the noise levels."""
+    low, high = levels.of_uniform(torch.tensor([1e-4, 1 - 1e-4], dtype=torch.float64)).tolist()
+    if over == "log_sigma":
+        low, high = math.log(low), math.log(high)
+    return TimeBins(low, high, bins, rho)
+
+
+def is_exact(generator: OneStep, teacher: Any) -> bool:
+    """Whether both scores are formulas: a mixture teaches, and the generator is affine."""
+    return isinstance(teacher, MixtureDenoiser) and isinstance(
+        getattr(generator.denoiser, "network", None), PointAffine
+    )
 
 
 def tapped(denoiser: Any, names: Sequence[str] | None = None, condition: Condition = None) -> Mapping[str, Tensor]:

@@ -30,12 +30,12 @@ from potstill.divergences import (
     SquaredHellinger,
     TimeBins,
 )
-from potstill.methods.diffusion.f_distill import ExactFDistillation, FDistill, FDistillation, objective_of, time_bins
+from potstill.methods.diffusion.f_distill import FDistill, FDistillation, objective_of, time_bins
 from potstill.models.build import build
 from potstill.models.denoisers import Denoiser, MixtureDenoiser, OneStep, affine, dit_tiny, mlp_denoiser, unet_tiny
 from potstill.noise.gaussian import EDMPreconditioning, KarrasIndex, LogUniform
 from potstill.noise.mixture import GaussianMixture
-from potstill.objectives.matching import DistributionMatching
+from potstill.objectives.matching import AffineScore, Bare, DistributionMatching
 from potstill.run import Run, open_folder
 from potstill.tasks.mixture import Points
 from potstill.training.spec import TrainSpec
@@ -53,7 +53,7 @@ ALL = [
 # ---------------------------------------------------------------- the theorem
 
 
-class Quadrature(ExactFDistillation):
+class Quadrature(FDistillation):
     """Gauss-Hermite nodes instead of random z and eps."""
 
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(48))
@@ -86,8 +86,8 @@ def quadrature(divergence: FDivergence, **options) -> Quadrature:
         generator.denoiser.network.shift.fill_(MU)
         generator.denoiser.network.scale.fill_(S)
     return Quadrature(
-        generator, MixtureDenoiser(gaussian(0, 1)), divergence=divergence, seed=0, optimizer=SGD, fake_optimizer=SGD,
-        ema=None, **{"normalize": False, **options},
+        generator, MixtureDenoiser(gaussian(0, 1)), fake=AffineScore(generator), divergence=divergence, seed=0,
+        optimizer=SGD, fake_optimizer=SGD, ema=None, normaliser=Bare(), **options,
     )  # fmt: skip
 
 

@@ -19,26 +19,21 @@ input; FastGen moves the clean image and gives it to the teacher without noise. 
 where the levels are (on Karras' levels to 80 nearly all of them fall in the first bin of sigma).
 """
 
-import copy
-import math
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from potstill.contracts.batch import Batch
-from potstill.contracts.errors import RecipeError
 from potstill.contracts.players import Always, Every, OptimizerSpec, Unless
 from potstill.contracts.spec import MethodConfig, Part
-from potstill.divergences import FDivergence, ForwardKL, TimeBins, ratio_from_logits
+from potstill.divergences import FDivergence, ForwardKL, TimeBins
 from potstill.methods import Role, method
-from potstill.methods.diffusion.comparison import compared
-from potstill.models.denoisers import Condition, Guided, MixtureDenoiser, OneStep, PointAffine
+from potstill.methods.diffusion import fake_score
+from potstill.models.denoisers import Condition, OneStep
 from potstill.noise.gaussian import KarrasIndex, LevelSampler
-from potstill.noise.mixture import GaussianMixture
-from potstill.objectives.blocks import Heads
-from potstill.objectives.matching import Adversary, Comparison, DistributionMatching, condition_of, tapped
+from potstill.objectives import matching
+from potstill.objectives.matching import Adversary, Comparison, RatioMatching
 from potstill.run import Result, Run
 
 
@@ -76,91 +71,15 @@ class FDistill(MethodConfig):
         return divergence
 
 
-class FDistillation(DistributionMatching):
+class FDistillation(RatioMatching):
     """Distribution matching weighted by h(r) = r^2 f''(r), r from the adversary's logits."""
 
-    def __init__(
-        self,
-        generator: OneStep,
-        teacher: Any,
-        *,
-        divergence: FDivergence,
-        ratio_lower: float = 0.1,
-        ratio_upper: float = 20.0,
-        bins: TimeBins | None = None,
-        bins_over: Literal["sigma", "log_sigma"] = "sigma",
-        **options: Any,
-    ) -> None:
+    def __init__(self, generator: OneStep, teacher: Any, *, divergence: FDivergence, **options: Any) -> None:
         super().__init__(generator, teacher, **options)
-        self.divergence, self.limits = divergence, (ratio_lower, ratio_upper)
-        self.bins, self.bins_over = bins, bins_over
-        self._gathered: tuple[int, Tensor, Tensor] | None = None  # (step, totals, counts) of the time bins
-
-    def ratio(self, logits_BL: Tensor) -> Tensor:
-        lower, upper = self.limits
-        return ratio_from_logits(logits_BL, lower=lower, upper=upper)
-
-    def times(self, sigma_B: Tensor) -> Tensor:
-        return sigma_B.log() if self.bins_over == "log_sigma" else sigma_B
-
-    def collect(self, batch: Batch, step: int) -> Batch:
-        """Stage 1 needs the ratios of the whole batch before the first of them is divided."""
-        if self.bins is not None and self.generator_when(step):
-            x_t, sigma_B = self.noised(self.generate(batch, step), batch, step, "compare")
-            ratio_B = self.ratio(self.logits(x_t, sigma_B, self.condition(batch)))
-            total, count = self.bins.sums(ratio_B, self.times(sigma_B))
-            if self._gathered is not None and self._gathered[0] == step:
-                total, count = total + self._gathered[1], count + self._gathered[2]
-            self._gathered = (step, total, count)
-        return batch
+        self.divergence = divergence
 
     def sample_weight(self, at: Comparison) -> Tensor:
-        if at.logits_BL is None:
-            raise RecipeError("f-distill weighs samples by a density ratio: give it an adversary.")
-        ratio_B = self.ratio(at.logits_BL)
-        if self.bins is not None:
-            if self._gathered is not None:
-                _, total, count = self._gathered
-                self.bins.update(over_ranks(total), over_ranks(count))
-                self._gathered = None
-            ratio_B = self.bins.divide(ratio_B, self.times(at.sigma_B))
-        return self.divergence.score_weight(ratio_B.log())
-
-
-class ExactFDistillation(FDistillation):
-    """An affine generator of points against a Gaussian mixture: both scores and the ratio are formulas."""
-
-    def student_density(self) -> GaussianMixture:
-        affine: PointAffine = self.generator.denoiser.network
-        std_D = (affine.scale * self.generator.sigma_init).abs().detach()
-        return GaussianMixture(affine.shift.detach()[None], std_D[None])
-
-    def logits(self, x_t: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        """log p(x_t) - log q(x_t). [B, 1]"""
-        log_q_B = self.student_density().log_density(x_t, sigma_B)
-        return (self.teacher.mixture.log_density(x_t, sigma_B) - log_q_B)[:, None]
-
-    def answers(self, x_t: Tensor, sigma_B: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor | None]:
-        with torch.no_grad():
-            fake = self.student_density().denoise(x_t, sigma_B)
-            return self.teacher(x_t, sigma_B), fake, self.logits(x_t, sigma_B, condition)
-
-
-def over_ranks(x: Tensor) -> Tensor:
-    """The sum of a tensor over the processes of the run."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(x)
-    return x
-
-
-def time_bins(config: FDistill) -> TimeBins | None:
-    """Equal bins between the ends of the noise levels."""
-    if not config.ratio_normalization:
-        return None
-    low, high = config.levels.of_uniform(torch.tensor([1e-4, 1 - 1e-4], dtype=torch.float64)).tolist()
-    if config.bins_over == "log_sigma":
-        low, high = math.log(low), math.log(high)
-    return TimeBins(low, high, config.bins, config.ratio_ema)
+        return self.divergence.score_weight(self.ratio_at(at).log())
 
 
 def objective_of(
@@ -173,51 +92,33 @@ def objective_of(
 ) -> FDistillation:
     """The three players of a config. `teacher` is a plain denoiser, which guidance is added to; `condition` that of any
     one sample, where the teacher needs one."""
-    if not config.ratio_lower < config.ratio_upper:
-        raise RecipeError(
-            f"f_distill needs ratio_lower < ratio_upper, got {config.ratio_lower} and {config.ratio_upper}."
-        )
     turn = Every(config.generator_every)
-    exact = isinstance(teacher, MixtureDenoiser) and isinstance(
-        getattr(generator.denoiser, "network", None), PointAffine
-    )
-    if config.exact and not exact:
-        raise RecipeError("f_distill with exact: true takes teacher: exact-mixture and student: affine, on points.")
-    if isinstance(teacher, MixtureDenoiser) and not config.exact:
-        raise RecipeError("A mixture has no features for a discriminator. Set method.exact=true, or train a teacher.")
     adversary = None
     if not config.exact:
-        device = next(teacher.parameters()).device
-        heads = Heads.on(tapped(teacher, config.taps, condition)).to(device)
         adversary = Adversary(
-            heads, config.discriminator, config.taps, config.trunk, config.gan_weight, config.r1, config.shared_noise
-        )
-    return (ExactFDistillation if config.exact else FDistillation)(
+            fake_score.heads(teacher, config.taps, condition), config.discriminator, config.taps, config.trunk,
+            config.gan_weight, config.r1, config.shared_noise,
+        )  # fmt: skip
+    return FDistillation(
         generator,
-        Guided(teacher, config.guidance) if config.guidance > 1 else teacher,
         divergence=config.divergence,
         ratio_lower=config.ratio_lower,
         ratio_upper=config.ratio_upper,
         bins=time_bins(config),
         bins_over=config.bins_over,
-        seed=seed,
-        optimizer=optimizer,
-        fake_optimizer=config.fake,
         adversary=adversary,
-        levels=config.levels,
-        generator_when=turn,
         fake_when=Unless(turn) if config.exclusive else Always(),
-        ema=config.ema or None,
+        **fake_score.options(config, generator, teacher, optimizer, seed),
     )
+
+
+def time_bins(config: FDistill) -> TimeBins | None:
+    """Stage 1: equal bins between the ends of the noise levels."""
+    if not config.ratio_normalization:
+        return None
+    return matching.time_bins(config.levels, config.bins_over, config.bins, config.ratio_ema)
 
 
 @method("f_distill", student=Role("denoiser", ready=False), teacher="denoiser", data=("images", "points"))
 def f_distill(run: Run, config: FDistill) -> Result:
-    teacher = run.model("teacher")
-    generator = OneStep(run.student(), config.sigma_init)
-    before = copy.deepcopy(generator).eval()
-    torch.manual_seed(run.seed)  # the discriminator's first weights
-    one = condition_of(run.source.train.batch(torch.zeros(1, dtype=torch.int64)).to(run.device), teacher)
-    objective = objective_of(config, generator, teacher, run.train.optimizer_spec(), run.seed, one)
-    run.fit(objective, run.source.train)
-    return compared(run, objective, before)
+    return fake_score.distilled(run, config, objective_of)
