@@ -257,7 +257,7 @@ def table_of(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="measure cases whose name holds this")
+    parser.add_argument("--only", default="", help="measure the case of this name, else those whose name holds it")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -271,7 +271,7 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `potstill` does: large pages, for everybody
     kept = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() and options.only else []
     results = {r["case"]: r for r in kept}
-    chosen = [name for name in cases() if options.only in name]
+    chosen = [options.only] if options.only in cases() else [name for name in cases() if options.only in name]
     for i, name in enumerate(chosen):
         command = [
             sys.executable,
