@@ -499,17 +499,27 @@ class Guided(_Denoising):
 
 
 class OneStep(nn.Module):
-    """A one-step generator G(z) = D(sigma_init z; sigma_init) around a denoiser."""
+    """A one-step generator G(z) = D(sigma_init z; sigma_init) around a denoiser.
+
+    then: further noise levels, falling, for a generator of several calls: what it made is noised to the next level and
+    denoised again. `forward` is the first call alone, `sample` all of them.
+    """
 
     kind: ClassVar[str] = "one_step"
     PACKAGED: ClassVar[dict[str, Callable[..., "OneStep"]]] = {}
 
-    def __init__(self, denoiser: Denoiser, sigma_init: float = 2.5) -> None:
+    def __init__(self, denoiser: Denoiser, sigma_init: float = 2.5, then: Sequence[float] = ()) -> None:
         super().__init__()
         if not sigma_init > 0:
             raise ModelError(f"sigma_init must be positive, got {sigma_init}.")
         self.denoiser = denoiser
         self.sigma_init = float(sigma_init)
+        self.then = tuple(map(float, then))
+
+    @property
+    def levels(self) -> list[float]:
+        """The noise levels of all calls."""
+        return [self.sigma_init, *self.then]
 
     @property
     def name(self) -> str:
@@ -526,9 +536,8 @@ class OneStep(nn.Module):
     @torch.no_grad()
     def sample(self, ids_B: Tensor, *, seed: int = 0, condition: Condition = None, batch: int = 256) -> Tensor:
         """Samples, functions of (seed, id, condition) alone. [B, *shape]."""
-        levels_ = [self.sigma_init, 0.0]
         return self.denoiser.sample(
-            ids_B, seed=seed, condition=condition, sigmas=levels_, solver=samplers.consistency, batch=batch
+            ids_B, seed=seed, condition=condition, sigmas=[*self.levels, 0.0], solver=samplers.consistency, batch=batch
         )
 
     def generate(self, count: int, seed: int = 0) -> Tensor:
@@ -537,8 +546,9 @@ class OneStep(nn.Module):
         return self.sample(ids_B, seed=seed, condition=labels_in_turn(self.denoiser, ids_B))
 
     def save(self, folder: Path) -> None:
-        """The denoiser's folder, with sigma_init in its potstill.json."""
-        self.denoiser.save(folder, sigma_init=self.sigma_init, kind=self.kind)
+        """The denoiser's folder, with sigma_init (and further levels) in its potstill.json."""
+        more = {"then": list(self.then)} if self.then else {}
+        self.denoiser.save(folder, sigma_init=self.sigma_init, kind=self.kind, **more)
 
     @classmethod
     def from_pretrained(
@@ -550,7 +560,7 @@ class OneStep(nn.Module):
         about = _json(side) if side.is_file() else {}
         if "sigma_init" not in about:
             raise ModelError(f"{path} holds a denoiser, no one-step generator: its {SIDE_FILE} has no sigma_init.")
-        return cls(denoiser, about["sigma_init"])
+        return cls(denoiser, about["sigma_init"], about.get("then", ()))
 
 
 def labels_in_turn(denoiser: Any, ids_B: Tensor) -> Tensor | None:

@@ -40,7 +40,7 @@ def compared(run: Run, objective: DistributionMatching, before: OneStep, samples
         "before": lambda: before.sample(ids_B, condition=condition),
         "student": lambda: student.sample(ids_B, condition=condition),
     }
-    calls = {"teacher": 2 * HEUN_STEPS - 1, "before": 1, "student": 1}
+    calls = {"teacher": 2 * HEUN_STEPS - 1, "before": len(before.levels), "student": len(student.levels)}
     measure = sample_metrics(run)
     drawn: dict[str, Tensor] = {}
     rows: list[list[Any]] = []
@@ -53,7 +53,7 @@ def compared(run: Run, objective: DistributionMatching, before: OneStep, samples
         speed = len(ids_B) / (time.perf_counter() - began)
         rows.append([name, calls[name], speed, *numbers.values()])
         if name == "student":
-            metrics |= {"calls": 1.0, "samples_per_second": speed}
+            metrics |= {"calls": float(calls[name]), "samples_per_second": speed}
     run.record(
         "comparison", "table", "Student, its start, and the teacher by Heun's method",
         columns=["samples of", "network calls", "samples per second", *numbers], rows=rows,
@@ -102,11 +102,11 @@ def _point_metrics(run: Run) -> Callable[[Tensor], dict[str, float]]:
 def _pictures(run: Run, objective: DistributionMatching, student: Any, drawn: dict[str, Tensor]) -> None:
     if not run.accelerator.is_main_process:
         return
-    folder = run.folder / "records"
+    folder, count = run.folder / "records", len(student.levels)
     captions = {
         "teacher": f"Teacher, Heun's method, {2 * HEUN_STEPS - 1} network calls",
         "before": "The student's start: the teacher asked once",
-        "student": "Student, one network call",
+        "student": f"Student, {count} network call{'s' * (count > 1)}",
     }
     files = []
     for name, caption in captions.items():

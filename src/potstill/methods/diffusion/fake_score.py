@@ -7,14 +7,15 @@ scores and ratio are formulas, so that nothing but the loss differs between meth
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from potstill.contracts.errors import RecipeError
 from potstill.contracts.players import Every, OptimizerSpec
 from potstill.contracts.spec import MethodConfig, Part
+from potstill.divergences import FDivergence
 from potstill.methods.diffusion.comparison import compared
 from potstill.models.denoisers import Condition, Guided, MixtureDenoiser, OneStep
 from potstill.noise.gaussian import LevelSampler, LogNormal
@@ -23,6 +24,16 @@ from potstill.objectives.matching import AffineScore, DistributionMatching, cond
 from potstill.run import Result, Run
 
 ADAM = OptimizerSpec(optimizer="adam", lr=1e-5, betas=(0.0, 0.999))  # Diff-Instruct, SiD and Uni-Instruct on CIFAR-10
+
+
+def _has_curvature(divergence: FDivergence) -> FDivergence:
+    log_ratio = torch.tensor([-1.0, 0.0, 1.0])
+    if not (divergence.score_weight(log_ratio) > 0).any():
+        raise ValueError(f"{divergence} has r^2 f''(r) = 0: its weight would never move the student. Take a smooth one")
+    return divergence
+
+
+Curved = Annotated[Part(FDivergence), AfterValidator(_has_curvature)]  # a divergence whose score weight is not 0
 
 
 class FakeScoreConfig(MethodConfig):
@@ -56,6 +67,11 @@ def options(config: Any, generator: OneStep, teacher: Any, optimizer: OptimizerS
         "generator_when": Every(config.generator_every),
         "ema": config.ema or None,
     }
+
+
+def bottleneck(denoiser: Any) -> list[str]:
+    """The block halfway: a U-Net's middle one, else the last."""
+    return [name for name in denoiser.taps if not name.startswith("up_blocks")][-1:]
 
 
 def heads(teacher: Any, taps: Sequence[str] | None, condition: Condition) -> Heads:
