@@ -57,6 +57,7 @@ FAMILY = [
     Mixture(ForwardKL(), ReverseKL(), 0.3),
     EntropyGated(),
     Clipped(ForwardKL(), 0.02),
+    Clipped(ForwardKL(), 0.5, per="position"),
     Adaptive(),
 ]
 SUPPORTS = [
@@ -175,6 +176,27 @@ def test_a_teacher_that_gives_its_top_k(divergence, tail):
         assert out.student_entropy is None and out.student_logp is None
         bucketed = known
     assert_close(out.teacher_entropy, torch.where(case.weights > 0, entropy(bucketed), 0.0))
+
+
+def test_of_a_teachers_top_outcomes_the_support_may_keep_fewer():
+    case = Case()
+    log_p = case.logits()[0].detach()
+    shuffled = log_p.topk(7, -1).indices.flip(-1)
+    known = TopKLogp(log_p.gather(-1, shuffled), shuffled)
+    few = case.fused(JensenShannon(), teacher=known, support=TopK(3))
+    same = case.fused(JensenShannon(), support=TopK(3))
+    assert_close(few.values, same.values)
+    more = case.fused(JensenShannon(), teacher=known, support=TopK(100))  # it has no more to give
+    assert_close(more.values, case.fused(JensenShannon(), support=TopK(7)).values)
+    with pytest.raises(SignalError, match=r"its own top k alone, and TopK.of is 'union'"):
+        case.fused(JensenShannon(), teacher=known, support=TopK(3, of="union"))
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL()], ids=repr)
+def test_a_teacher_that_gives_all_outcomes_leaves_no_tail(divergence):
+    case = Case(dtype=torch.float32)
+    every = TopKLogp(*case.logits()[0].detach().topk(V, -1))
+    assert_close(case.fused(divergence, teacher=every).values, case.fused(divergence).values)
 
 
 @pytest.mark.parametrize("baseline", ["none", "full", "topk"])

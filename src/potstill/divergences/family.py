@@ -82,9 +82,7 @@ class FDivergence:
         if not self._pulls:
             values, back = cast(
                 Any,
-                torch.func.vjp(
-                    lambda log_q: self.entries(teacher_logp=teacher_logp, student_logp=log_q), student_logp
-                ),
+                torch.func.vjp(lambda log_q: self.entries(teacher_logp=teacher_logp, student_logp=log_q), student_logp),
             )
             return values, back(torch.ones_like(values))[0]
         log_p, log_q = _pair(type(self).__name__, teacher_logp, student_logp)

@@ -28,6 +28,7 @@ from potstill.divergences.operands import (
     fast_in_low,
     flat_teacher,
     gathered,
+    known_support,
     per_position,
     vocabulary_of,
 )
@@ -98,7 +99,8 @@ def linear_divergence(
     student_hidden [*P, Ds], student_head [V, Ds] (an embedding, where tied), bias [V]; bend(z) multiplies by
         `student_scale` (Cohere), then soft-caps, c tanh(z / c), c = `student_softcap` (Gemma).
     teacher: HiddenAndHead (with its own width, bias and bend), FullLogits [*P, V], or TopKLogp [*P, K] (log-probs at
-        this temperature; how its tail counts is `support.tail`, default the bucket). It gets no gradient.
+        this temperature; how its tail counts is `support.tail`, default the bucket; of more than `support.k` the likeliest
+        k are compared). It gets no gradient.
     divergence: any FDivergence over `support`, or an Estimator, whose values are then its surrogate's.
     weights: [*P], or a function of the RowStatistics of some rows; never differentiated. Positions of weight 0 given
         beforehand are not looked at: their values are 0. Weights that need whole sequences need a first pass, under
@@ -128,6 +130,8 @@ def linear_divergence(
         raise RecipeError(f"temperature must be positive, got {temperature}.")
     check_width("student", hidden, head, bias)
     flat = flat_teacher(teacher, places)
+    if isinstance(flat, TopKLogp) and isinstance(part, Exact):
+        flat = known_support(flat, part.support)
     size = vocabulary_of(vocabulary, head, flat)
     whole = size == len(head)
     own = autocast(
@@ -237,7 +241,7 @@ class _Rows:
         kept = log_q if self.kept_only else log_q.gather(-1, ids_MK)
         if tail == "renormalize":
             known, kept = log_probs(known), log_probs(kept)
-        if tail == "bucket":
+        if tail == "bucket" and ids_MK.shape[-1] < log_q.shape[-1]:  # else there is no rest, and rounding makes one
             rest = log_mass(log_q.scatter(-1, ids_MK, -math.inf))
             known, kept = torch.cat([known, tail_logp(known)[:, None]], -1), torch.cat([kept, rest[:, None]], -1)
         return (also or part.divergence).entries(teacher_logp=known, student_logp=kept)

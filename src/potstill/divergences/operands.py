@@ -11,6 +11,7 @@ from torch import Tensor
 
 from potstill.contracts.errors import ModelError, SignalError
 from potstill.contracts.signals import FullLogits, HiddenAndHead, Signal, TopKLogp
+from potstill.divergences.supports import Support, TopK
 
 
 def gathered(tensor: Tensor | None) -> Tensor | None:
@@ -75,6 +76,21 @@ def flat_teacher(teacher: Signal, places: torch.Size) -> Signal:
             "Bring both to the same positions first."
         )
     return flat
+
+
+def known_support(known: TopKLogp, support: Support) -> TopKLogp:
+    """The likeliest k of the outcomes that the teacher gave, where the support asks for fewer."""
+    if not isinstance(support, TopK):
+        return known
+    if support.of != "teacher":
+        raise SignalError(
+            f"linear_divergence: this teacher gives its own top k alone, and TopK.of is {support.of!r}. Use of='teacher', "
+            "or a teacher that gives whole rows."
+        )
+    if support.k >= known.indices_NK.shape[-1]:
+        return known
+    logp, place = known.logp_NK.topk(support.k, -1)
+    return TopKLogp(logp, known.indices_NK.gather(-1, place))
 
 
 def vocabulary_of(asked: int | None, head_VD: Tensor, teacher: Signal) -> int:
