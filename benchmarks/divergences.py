@@ -6,7 +6,7 @@
 
 Every case runs in a process of its own, with the same inputs, threads and wait policy. It times the four products alone
 (student's logits, teacher's logits, gradient of the hidden states, gradient of the head, in chunks of 512 tokens, in
-float32) before and after, and reports its own time over theirs: a ratio that a busy machine changes little. Extra memory
+float32) in turns with its own, and reports the best time over their best: a ratio that a busy machine changes little. Extra memory
 is the highest resident size during the call above that before it; the gradients that a call must return are in it.
 Results go to benchmarks/results/divergences.json, with versions and machine.
 """
@@ -97,20 +97,15 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     started = time.perf_counter()
     run()
     first = time.perf_counter() - started
-    products = products_alone([x.detach().float() for x in inputs]) if dtype == torch.float32 else None
-    before = [timed(products) for _ in range(repeats)] if products else []
-    seconds = [timed(run) for _ in range(repeats)]
-    after = [timed(products) for _ in range(repeats)] if products else []
-    del products
     for leaf in leaves:
         leaf.grad = None
     extra = peak_above(run)
-    if dtype != torch.float32:  # the reference is the faster type, made last so that its copies are not counted
-        products = products_alone([x.detach().float() for x in inputs])
-        before = [timed(products) for _ in range(2 * repeats)]
-    reference = min(before + after)
+    products = products_alone([x.detach().float() for x in inputs])  # float32 is the faster type on these processors
+    products()
+    pairs = [(timed(products), timed(run)) for _ in range(repeats)]  # in turns: a machine's speed wanders
+    reference, seconds = (min(times) for times in zip(*pairs, strict=True))
     return {
-        "case": name, **shape, "seconds": min(seconds), "products": reference, "ratio": min(seconds) / reference,
+        "case": name, **shape, "seconds": seconds, "products": reference, "ratio": seconds / reference,
         "extra_mb": extra / 2**20, "head_gradient_mb": v * STUDENT_WIDTH * dtype.itemsize / 2**20, "first_call": first,
     }  # fmt: skip
 
@@ -258,7 +253,7 @@ def table_of(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="measure the case of this name, else those whose name holds it")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -6,7 +6,8 @@
 
 One small Llama pair over SmolLM2's vocabulary of 49,152 with random weights, the same conversations, sampling at
 temperature 1 without truncation, AdamW, float32, no checkpointing of activations: JSD(0.5) at every completion token, on
-the student's own completions (on-policy) or on the given ones (off-policy). Every case runs in a process of its own;
+the student's own completions (on-policy) or on the given ones (off-policy). opsd's teacher is the student's start, which
+reads an answer of NEW words as well; no peer does that. Every case runs in a process of its own;
 seconds a step are the median after two steps of warm-up, peak memory is the highest resident size of later steps above
 that with both models loaded (gradients and Adam's moments, which both need, are in it). Results go to
 benchmarks/results/on_policy.json, with versions and machine.
@@ -29,7 +30,7 @@ from divergences import machine
 
 RESULTS = Path(__file__).parent / "results" / "on_policy.json"
 CASES = [
-    "potstill/gkd", "potstill/gkd-compiled", "trl-distillation/on-policy", "trl-gkd/on-policy",
+    "potstill/gkd", "potstill/gkd-compiled", "trl-distillation/on-policy", "trl-gkd/on-policy", "potstill/opsd",
     "potstill/token_kd", "potstill/token_kd-compiled", "trl-gkd/off-policy",
 ]  # fmt: skip
 BATCH, STEPS, WARMUP, PROMPT_WORDS, NEW = 16, 8, 2, 12, 48
@@ -106,15 +107,18 @@ def potstill(what: str, folder: Path) -> dict[str, Any]:
     from potstill.objectives import tokens
     from potstill.objectives.tokens import RolloutSpec, TokenDistillation
     from potstill.tasks.tokens import ChatTokens, Prompts
-    from potstill.teachers import LocalTeacher
+    from potstill.teachers import LocalTeacher, PrivilegedTeacher
+    from potstill.teachers.privileged import PrivilegedContext
     from potstill.training.spec import TrainSpec
     from potstill.training.trainer import Trainer
 
     teacher_folder, student_folder, tokenizer = models(folder)
-    student, teacher = CausalLM.from_pretrained(str(student_folder)), CausalLM.from_pretrained(str(teacher_folder))
+    privileged = what == "opsd"
+    student = CausalLM.from_pretrained(str(student_folder))
+    teacher = CausalLM.from_pretrained(str(student_folder if privileged else teacher_folder))
     student.compiled = what.endswith("-compiled")
     rows = conversations(tokenizer)
-    own = what.startswith("gkd")
+    own = privileged or what.startswith("gkd")
     clock, spent = Clock(), {"sampling": 0.0, "teacher": 0.0, "loss": 0.0}
 
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,8 +137,11 @@ def potstill(what: str, folder: Path) -> dict[str, Any]:
             clock.tick()
 
     tokens.sample = watched("sampling", tokens.sample)
-    scorer = LocalTeacher(teacher)
-    scorer.score = watched("teacher", scorer.score)  # type: ignore[method-assign]
+    scorer: Any = LocalTeacher(teacher)
+    if privileged:
+        solution = " ".join(rows[0][1]["content"].split()[:NEW])
+        scorer = PrivilegedTeacher(scorer, PrivilegedContext(tokenizer, lambda row, said: f"{row[0]['content']} {solution}"))
+    scorer.score = watched("teacher", scorer.score)
     objective = Timed(
         student, scorer, JensenShannon(0.5), optimizer=OptimizerSpec(lr=1e-5), seed=0,
         rollouts=RolloutSpec(max_new_tokens=NEW) if own else None,
@@ -210,6 +217,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `potstill` does: large pages, for everybody
     if options.one:
         import torch
 
@@ -221,7 +229,7 @@ def main() -> None:
         return
     kept = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() and options.only else []
     results = {r["case"]: r for r in kept}
-    for name in (case for case in CASES if options.only in case):
+    for name in (case for case in CASES if (options.only == case if options.only in CASES else options.only in case)):
         command = [sys.executable, __file__, "--one", name, "--threads", str(options.threads)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
