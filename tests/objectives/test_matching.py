@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,76 +10,43 @@ from torch.testing import assert_close
 from potstill.contracts import keyed
 from potstill.contracts.batch import ImageBatch, PointBatch, TokenBatch
 from potstill.contracts.errors import RecipeError
-from potstill.contracts.players import Every, OptimizerSpec, Unless
+from potstill.contracts.players import Every, Unless
+from potstill.divergences import TimeBins
+from potstill.divergences.scores import sid
 from potstill.models.denoisers import Guided, MixtureDenoiser, OneStep, affine, mlp_denoiser, unet_tiny
 from potstill.noise.gaussian import KarrasUniform, LogNormal
-from potstill.noise.mixture import GaussianMixture
 from potstill.objectives.blocks import Heads
 from potstill.objectives.matching import (
     Adversary,
+    AffineScore,
+    Bare,
     Comparison,
     DenoisingScoreMatching,
     DistributionMatching,
+    NoisePower,
+    RatioMatching,
+    ScoreSurrogate,
+    TeacherError,
     denoising_loss,
-    identity_surrogate,
     real_samples,
     tapped,
+    time_bins,
 )
 from potstill.tasks.mixture import Points
 from potstill.training.spec import TrainSpec
 from potstill.training.trainer import Trainer
-
-MU, S, SIGMA = 0.6, 0.9, 0.7
-SGD = OptimizerSpec(optimizer="sgd", momentum=0.0, lr=0.1)
-
-
-def gaussian(mean: float, std: float) -> GaussianMixture:
-    return GaussianMixture(torch.tensor([[mean]], dtype=torch.float64), std)
-
-
-def affine_generator(mean: float = MU, std: float = S) -> OneStep:
-    generator = OneStep(affine().double(), sigma_init=1.0)
-    with torch.no_grad():
-        generator.denoiser.network.shift.fill_(mean)
-        generator.denoiser.network.scale.fill_(std)
-    return generator
-
-
-def gradient(objective: DistributionMatching, value: torch.Tensor) -> torch.Tensor:
-    """With respect to (mu, s)."""
-    network = objective.generator.denoiser.network
-    return torch.cat(torch.autograd.grad(value, [network.shift, network.scale]))
-
-
-class Quadrature(DistributionMatching):
-    """Gauss-Hermite nodes instead of random z and eps: `sample_weight` holds the nodes' weights."""
-
-    nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(40))
-    z, eps = (a.flatten()[:, None] for a in torch.meshgrid(nodes, nodes, indexing="ij"))
-    node_weight = torch.outer(weights, weights).flatten() / (2 * torch.pi)
-    batch = PointBatch(torch.arange(len(z)), torch.zeros(len(z), 1))
-
-    def latents(self, batch, step):
-        return self.z
-
-    def noised(self, x, batch, step, purpose):
-        return x + SIGMA * self.eps, torch.full((len(x),), SIGMA, dtype=torch.float64)
-
-    def sample_weight(self, at):
-        return self.node_weight
-
-
-def quadrature(**options) -> Quadrature:
-    pair = {"teacher": MixtureDenoiser(gaussian(0, 1)), "fake": MixtureDenoiser(gaussian(MU, S))}
-    return Quadrature(affine_generator(), **pair, seed=0, optimizer=SGD, fake_optimizer=SGD, **options)
-
+from tests.objectives.gaussians import MU, SGD, SIGMA, S, Quadrature, affine_generator, gaussian, gradient, quadrature
 
 def test_bare_field_has_the_gradient_of_the_reverse_kl():
     """Diff-Instruct: D_S - D_T = sigma^2 (s_S - s_T), so the gradient is sigma^2 times that of KL(q_t || p_t)."""
-    objective = quadrature(normalize=False, ema=None)
     a, b = S**2 + SIGMA**2, 1 + SIGMA**2  # KL(N(mu, a) || N(0, b)) = (log(b / a) + (a + mu^2) / b - 1) / 2
     expected = SIGMA**2 * torch.tensor([MU / b, S * (1 / b - 1 / a)], dtype=torch.float64)
-    assert_close(gradient(objective, objective.loss("generator", Quadrature.batch, 0).value()), expected)
+    assert_close(gradient(quadrature(DistributionMatching)), expected)
+
+
+class Identity(ScoreSurrogate):
+    def surrogate(self, at, step):
+        return sid(at.x, teacher=at.teacher, student=at.fake)
 
 
 def test_score_identity_is_half_of_the_squared_score_differences_gradient():
@@ -98,21 +64,54 @@ def test_score_identity_is_half_of_the_squared_score_differences_gradient():
         (squared(MU + h, S) - squared(MU - h, S)) / (2 * h),
         (squared(MU, S + h) - squared(MU, S - h)) / (2 * h),
     ]
-    objective = quadrature(ema=None)
-    x = objective.generate(Quadrature.batch, 0)
-    x_t, level = objective.noised(x, Quadrature.batch, 0, "compare")
-    teacher, fake = objective.teacher(x_t, level), objective.fake(x_t, level)
-    found = gradient(objective, (Quadrature.node_weight * identity_surrogate(x, teacher, fake)).sum())
+    found = gradient(quadrature(Identity))
     assert_close(2 * found, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-9)
     assert_close(2 * found / SIGMA**4, torch.tensor([0.6195, -0.2716], dtype=torch.float64), rtol=0, atol=1e-4)
 
 
-def test_field_is_dmd2s_and_its_bare_form_diff_instructs():
+def test_a_pseudo_target_detaches_both_networks_and_a_surrogate_neither():
+    for cls, through in ((DistributionMatching, False), (Identity, True)):
+        objective = quadrature(cls)
+        at = objective.compare(Quadrature.batch, 0, objective.generate(Quadrature.batch, 0))
+        assert at.teacher.requires_grad == at.fake.requires_grad == at.x_t.requires_grad == through
+        assert at.x.requires_grad
+
+
+def test_the_exact_fake_score_follows_the_generator_but_gives_it_no_gradient():
+    generator = affine_generator()
+    generator.sigma_init = 2.0
+    fake, x = AffineScore(generator), torch.tensor([[0.3], [-1.0]], dtype=torch.float64, requires_grad=True)
+    assert not list(fake.parameters())
+    assert_close(fake(x, 0.5), gaussian(MU, 2 * S).denoise(x, 0.5))
+    network = generator.denoiser.network
+    assert torch.autograd.grad(fake(x, 0.5).sum(), [x, network.shift], allow_unused=True)[1] is None
+    with torch.no_grad():
+        network.shift.add_(1.0)
+    assert_close(fake(x, 0.5), gaussian(MU + 1, 2 * S).denoise(x, 0.5))
+
+
+def test_normalisers():
     x, teacher, fake = (keyed.normal_like(k, torch.arange(3), torch.empty(3, 2, 4, 4)) for k in range(3))
-    at = Comparison(x, x, torch.ones(3), teacher, fake, None)
-    scale = (x - teacher).abs().mean((1, 2, 3), keepdim=True)
-    assert_close(quadrature().field(at), (fake - teacher) / (scale + 1e-6))
-    assert_close(quadrature(normalize=False).field(at), fake - teacher)
+    at = Comparison(x, x, torch.tensor([0.5, 1.0, 2.0]), teacher, fake, None)
+    error = (x - teacher).abs().mean((1, 2, 3))
+    dmd2 = quadrature(DistributionMatching, normaliser=TeacherError())
+    assert_close(dmd2.field(at), (fake - teacher) / (error + 1e-6)[:, None, None, None])
+    assert_close(quadrature(DistributionMatching).field(at), fake - teacher)
+    assert_close(NoisePower(-2)(at), torch.tensor([4.0, 1.0, 0.25]))
+    least = error.sort().values[1].item()
+    assert_close(TeacherError(eps=0.0, least=least)(at), error.clamp_min(least))
+
+
+@pytest.mark.parametrize("cls", [DistributionMatching, Identity])
+def test_a_sum_over_elements_is_the_mean_times_their_number_and_the_scale_is_a_factor(cls):
+    def value(**options):
+        generator, teacher = networks()
+        fake = jittered(copy.deepcopy(teacher))
+        given = {"seed": 0, "optimizer": SGD, "fake_optimizer": SGD, "normaliser": Bare()}
+        return cls(generator, teacher, fake=fake, **given, **options).loss("generator", points(5), 0).value()
+
+    assert_close(value(elements="sum"), 2 * value(elements="mean"))
+    assert_close(value(scale=100.0), 100 * value())
 
 
 class Shows(DistributionMatching):
@@ -141,6 +140,63 @@ def test_gradient_at_the_sample_is_the_field_over_its_size(weight):
     if weight is not None:
         expected = expected * torch.tensor(weight)[:, None] / 2.0
     assert_close(objective.x.grad, expected)
+
+
+def test_the_fake_score_may_move_first():
+    options = {"seed": 0, "optimizer": SGD, "fake_optimizer": SGD}
+    assert list(DistributionMatching(*networks(), fake_first=True, **options).players) == ["fake_score", "generator"]
+    assert list(DistributionMatching(*networks(), **options).players) == ["generator", "fake_score"]
+
+
+def test_an_adversary_may_learn_with_the_fake_score_whose_trunk_it_then_moves():
+    objective = full("fake", joint=0.25)
+    assert list(objective.players) == ["generator", "fake_score"]
+    assert {id(p) for p in objective.heads.parameters()} < {
+        id(p) for p in objective.players["fake_score"].parameters()
+    }
+    batch = points(6)
+    together, alone = objective.loss("fake_score", batch, 1), full("fake").loss("discriminator", batch, 1)
+    assert set(together.terms) == {"denoising", "generated", "real", "r1"}
+    for name, term in alone.terms.items():
+        assert_close(together.terms[name].mean(), 0.25 * term.mean())
+    trunk = list(objective.fake.parameters())
+    found = torch.autograd.grad(together.terms["real"].mean(), trunk, allow_unused=True)
+    assert any(g is not None and g.abs().max() > 0 for g in found)
+    with pytest.raises(RecipeError, match="needs its features: trunk is fake"):
+        full("teacher", joint=0.25)
+
+
+def test_an_adversary_may_have_levels_of_its_own():
+    objective = full("fake", levels=KarrasUniform(5.0, 6.0), weight=1.0)
+    batch = points(4)
+    at = objective.compare(batch, 0, objective.generate(batch, 0))
+    assert at.logits_BL is None, "where nobody needs a ratio it is not asked there"
+    x_t, sigma_B = objective.criticised(at.x, batch, 0, "adversarial")
+    assert (sigma_B >= 5).all() and (at.sigma_B <= 3).all()
+    expected = nn.functional.softplus(-objective.logits(x_t, sigma_B, None)).mean()
+    assert_close(objective.loss("generator", batch, 0).terms["adversarial"].mean(), expected)
+
+
+def test_ratios_need_an_adversary_or_formulas():
+    generator, teacher = networks()
+    bare = RatioMatching(generator, teacher, seed=0, optimizer=SGD, fake_optimizer=SGD)
+    with pytest.raises(RecipeError, match="RatioMatching needs a density ratio: give it an adversary"):
+        bare.loss("generator", points(2), 0)
+    with pytest.raises(RecipeError, match="needs ratio_lower < ratio_upper, got 2.0 and 1.0"):
+        RatioMatching(*networks(), seed=0, optimizer=SGD, fake_optimizer=SGD, ratio_lower=2.0, ratio_upper=1.0)
+    exact = quadrature(RatioMatching)
+    x, level = torch.tensor([[0.2], [2.0]], dtype=torch.float64), torch.full((2,), SIGMA, dtype=torch.float64)
+    expected = gaussian(0, 1).log_density(x, SIGMA) - gaussian(MU, S).log_density(x, SIGMA)
+    assert_close(exact.logits(x, level, None), expected[:, None])
+
+
+def test_one_bin_makes_the_mean_ratio_of_a_step_one():
+    objective = quadrature(RatioMatching, bins=time_bins(KarrasUniform(), "sigma", 1, 0.0))
+    assert isinstance(objective.bins, TimeBins)
+    objective.collect(Quadrature.batch, 0)
+    at = objective.compare(Quadrature.batch, 0, objective.generate(Quadrature.batch, 0))
+    free = objective.ratio(at.logits_BL)
+    assert_close(objective.ratio_at(at).float(), (free / free.mean()).float(), rtol=1e-4, atol=1e-5)
 
 
 def networks(teacher: nn.Module | None = None):
@@ -338,7 +394,7 @@ def test_micro_batches_change_nothing(tmp_path):
 
 
 def test_a_formula_is_no_player():
-    assert list(quadrature().players) == ["generator"]
+    assert list(quadrature(DistributionMatching).players) == ["generator"]
     assert list(full().players) == ["generator", "fake_score", "discriminator"]
 
 

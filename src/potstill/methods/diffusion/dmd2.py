@@ -22,6 +22,7 @@ from torch import Tensor
 
 from potstill.contracts import keyed
 from potstill.contracts.batch import Batch
+from potstill.contracts.errors import RecipeError
 from potstill.contracts.players import OptimizerSpec
 from potstill.contracts.spec import Part
 from potstill.methods import Role, method
@@ -74,6 +75,10 @@ class BackwardSimulation(DistributionMatching):
 def objective_of(
     config: DMD2, generator: OneStep, teacher: Any, optimizer: OptimizerSpec, seed: int, condition: Condition = None
 ) -> BackwardSimulation:
+    if config.steps and config.steps[0] >= generator.sigma_init:
+        raise RecipeError(
+            f"method.steps must lie below the first call's sigma_init {generator.sigma_init}, got {config.steps[0]}."
+        )
     given = options(config, generator, teacher, optimizer, seed)
     adversary = None
     if config.discriminator_weight > 0 and not config.exact:
