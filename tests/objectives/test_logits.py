@@ -16,7 +16,22 @@ from potstill.divergences import ReverseKL
 from potstill.models.images import ImageClassifier
 from potstill.models.taps import batchnorm_coupled
 from potstill.objectives.feature_terms import Hint
-from potstill.objectives.logits import DIST, DKD, KD, LogitDistillation, LogitLoss, Standardize, Supervised
+from potstill.objectives.logits import (
+    DIST,
+    DKD,
+    KD,
+    AboveThreshold,
+    Confident,
+    EntropyGate,
+    LogitDistillation,
+    LogitLoss,
+    MutualDistillation,
+    Softened,
+    Standardize,
+    Supervised,
+    Tempered,
+    class_thresholds,
+)
 from potstill.teachers.local import LocalTeacher
 
 B, V = 6, 5
@@ -322,3 +337,107 @@ def test_constant_logits_give_finite_gradients():
     value, g = gradient(objective(KD(2.0), student=torch.zeros(B, V).double(), transforms=Z, **KD_ALONE))
     assert math.isfinite(value.item())
     assert g.isfinite().all()
+
+
+# ---------------------------------------------------------------- transforms and weights
+
+
+def test_a_temperature_before_the_loss_is_one_in_it_but_for_its_square():
+    before, _ = gradient(objective(KD(1.0), transforms=[Tempered(3.0, 3.0)], **KD_ALONE))
+    inside, _ = gradient(objective(KD(3.0), **KD_ALONE))
+    assert_close(9 * before, inside)
+    z, v = objective(KD(), transforms=[Tempered(2.0, 4.0)]).compared(rows(0), rows(1))
+    assert_close((z, v), (rows(0) / 2, rows(1) / 4))
+
+
+def test_a_softened_teacher_gives_part_of_its_mass_to_all():
+    z, v = objective(KD(), transforms=[Softened(0.2)]).compared(rows(0), rows(1))
+    assert torch.equal(z, rows(0))
+    assert_close(v.exp(), 0.8 * rows(1).softmax(-1) + 0.2 / V)
+    assert_close(objective(KD(), transforms=[Softened(0.0)]).compared(rows(0), rows(1))[1], rows(1))
+
+
+def test_transforms_are_applied_in_order():
+    score = lambda x: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
+    z, _ = objective(KD(), transforms=[Standardize(), Tempered(2.0, 2.0)]).compared(rows(0), rows(1))
+    assert_close(z, score(rows(0)) / 2, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_multiply_samples_and_leave_the_count():
+    labels = batch_of().labels_B
+    sure = 9 * nn.functional.one_hot(labels, V) * (torch.arange(B) < 2)[:, None]
+    z, v = rows(0) + sure.flip(0).roll(1, 1), rows(1) + sure  # the teacher is right on two rows, the student on two others
+    kd_B = KD(2.0)(z, v, labels)["kd"]
+    pair = {"student": z, "teacher": v, **KD_ALONE}
+    for of, logits in (("teacher", v), ("student", z)):
+        right_B = (logits.argmax(-1) == labels).double()
+        value, _ = gradient(objective(KD(2.0), weights=[Confident(of)], **pair))
+        assert_close(value, (right_B * kd_B).sum() / B)
+    assert Confident("teacher")(z, v, labels).tolist() != Confident("student")(z, v, labels).tolist()
+    gates = [Confident("teacher"), EntropyGate("teacher", 3.0)]
+    both, _ = gradient(objective(KD(2.0), weights=gates, **pair))
+    assert_close(both, (gates[0](z, v, labels) * gates[1](z, v, labels) * kd_B).sum() / B)
+    ce = objective(KD(), weights=[Confident()]).loss("student", batch_of(), 0).terms["ce"]
+    assert_close(ce.total, nn.functional.cross_entropy(rows(0), labels, reduction="sum"))
+
+
+def test_thresholds_of_confidence():
+    teacher = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]]).double().log()
+    weigh = lambda threshold: AboveThreshold(threshold)(torch.zeros(3, 2).double(), teacher, None).tolist()
+    assert weigh(0.65) == [1, 0, 1]
+    assert weigh((0.95, 0.5)) == [0, 0, 1]  # of the likeliest class
+    with pytest.raises(RecipeError, match="AboveThreshold has 3 thresholds, but the teacher knows 2 classes"):
+        weigh((0.1, 0.1, 0.1))
+    with pytest.raises(RecipeError, match="AboveThreshold.threshold must lie in"):
+        AboveThreshold(1.0)
+
+
+def test_class_thresholds_by_hand():
+    """Counts 4, 2, 0: r = 1, 1/2, 0 and r / (2 - r) = 1, 1/3, 0."""
+    predicted = torch.tensor([0, 0, 0, 0, 1, 1])
+    assert_close(class_thresholds(predicted, 3, top=0.9), torch.tensor([0.9, 0.3, 0.0]).double())
+
+
+def test_the_entropy_gate_compares_strictly():
+    z, labels = rows(0), batch_of().labels_B
+    for teacher, expected in ((3 * z, (1.0, 2.0)), (z / 3, (2.0, 1.0)), (z, (1.0, 1.0))):
+        for of, high in zip(("teacher", "student"), expected):
+            assert EntropyGate(of, 2.0)(z, teacher, labels).tolist() == [high] * B
+
+
+# ---------------------------------------------------------------- networks that learn together
+
+
+def mutual(losses=None, **networks):
+    networks = networks or {"student": Table(rows(0)), "teacher": Table(rows(1))}
+    losses = {"student": KD(1.0), "teacher": KD(1.0)} if losses is None else losses
+    return MutualDistillation(networks, losses, optimizer=ADAM)
+
+
+def test_each_network_sees_its_peer_as_a_constant():
+    """Gradients are those of two separate losses: CE + KL(p_peer || p_own), (2 q - one-hot - p_peer) / B."""
+    it = mutual()
+    it.loss("networks", batch_of(), 0).value().backward()
+    label = nn.functional.one_hot(batch_of().labels_B, V)
+    q, p = rows(0).softmax(-1), rows(1).softmax(-1)
+    assert_close(it.networks["student"].z.grad, (2 * q - label - p) / B)
+    assert_close(it.networks["teacher"].z.grad, (2 * p - label - q) / B)
+    assert len(list(it.players["networks"].parameters())) == 2
+
+
+def test_the_term_of_several_peers_is_their_mean():
+    tables = {name: Table(rows(i)) for i, name in enumerate(("student", "teacher_0", "teacher_1"))}
+    terms = mutual({"student": KD(1.0)}, **tables).loss("networks", batch_of(), 0).terms
+    kd = [KD(1.0)(rows(0), rows(i), None)["kd"].mean() for i in (1, 2)]
+    assert_close(terms["student_kd"].mean(), (kd[0] + kd[1]) / 2)
+    assert set(terms) == {"student_ce", "student_kd", "teacher_0_ce", "teacher_1_ce"}
+
+
+def test_mutual_distillation_refuses_what_it_cannot_do():
+    with pytest.raises(ModelError, match="at least two networks, got 1"):
+        mutual({}, student=Table(rows(0)))
+    with pytest.raises(RecipeError, match="A loss is given for judge, but the networks are student, teacher"):
+        mutual({"judge": KD()})
+    with pytest.raises(ModelError, match="must know the same classes; their logits are"):
+        mutual({}, a=Table(rows(0)), b=Table(rows(1, classes=7))).loss("networks", batch_of(), 0)
+    assert mutual({"student": DIST()}).couples == "batch" and mutual().couples == "position"

@@ -55,6 +55,7 @@ def distilled(
     distillation: float,
     transforms: Sequence[LogitTransform] = (),
     warmup: float = 0.0,
+    label_smoothing: float = 0.0,
     features: Features | None = None,
     measure: Callable[[Any], dict[str, float]] | None = None,
 ) -> Result:
@@ -75,6 +76,7 @@ def distilled(
         transforms=[*scaled, *transforms],
         weights=config.weights,
         warmup=round(warmup * run.train.steps),
+        label_smoothing=label_smoothing,
         features=feature_terms(run, features, rows) if features else (),
     )
     run.fit(objective, rows, evaluate=lambda step: run.evaluate(student))
