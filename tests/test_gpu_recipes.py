@@ -57,6 +57,15 @@ def test_every_gpu_recipe_resolves_and_its_models_can_be_built(name, qwen, capsy
     assert "time: about" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_its_batch_is_for_the_processes_it_names_and_they_share_the_student(name):
+    """All but those whose terms have several counts, which sharded micro-batches cannot have."""
+    train, command = recipes.read(f"gpu/{name}")["train"], (FOLDER / f"{name}.yaml").read_text().splitlines()[0]
+    several = "--nproc_per_node 8" in command
+    assert train["batch"] % (train["micro_batch"] * (8 if several else 1)) == 0
+    assert train.get("sharded", False) == (several and name not in {"minillm", "sinkd", "tsd_kd"})
+
+
 def test_every_language_method_has_one():
     from potstill.catalogue import systems
 
