@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tests.objectives.gaussians import MU, SGD, SIGMA, Quadrature, S, affine_generator, gaussian, gradient, quadrature
 from torch import nn
 from torch.testing import assert_close
 
@@ -13,7 +14,7 @@ from potstill.contracts.errors import RecipeError
 from potstill.contracts.players import Every, Unless
 from potstill.divergences import TimeBins
 from potstill.divergences.scores import sid
-from potstill.models.denoisers import Guided, MixtureDenoiser, OneStep, affine, mlp_denoiser, unet_tiny
+from potstill.models.denoisers import Guided, OneStep, mlp_denoiser, unet_tiny
 from potstill.noise.gaussian import KarrasUniform, LogNormal
 from potstill.objectives.blocks import Heads
 from potstill.objectives.matching import (
@@ -35,7 +36,7 @@ from potstill.objectives.matching import (
 from potstill.tasks.mixture import Points
 from potstill.training.spec import TrainSpec
 from potstill.training.trainer import Trainer
-from tests.objectives.gaussians import MU, SGD, SIGMA, S, Quadrature, affine_generator, gaussian, gradient, quadrature
+
 
 def test_bare_field_has_the_gradient_of_the_reverse_kl():
     """Diff-Instruct: D_S - D_T = sigma^2 (s_S - s_T), so the gradient is sigma^2 times that of KL(q_t || p_t)."""
@@ -151,9 +152,7 @@ def test_the_fake_score_may_move_first():
 def test_an_adversary_may_learn_with_the_fake_score_whose_trunk_it_then_moves():
     objective = full("fake", joint=0.25)
     assert list(objective.players) == ["generator", "fake_score"]
-    assert {id(p) for p in objective.heads.parameters()} < {
-        id(p) for p in objective.players["fake_score"].parameters()
-    }
+    assert {id(p) for p in objective.heads.parameters()} < {id(p) for p in objective.players["fake_score"].parameters()}
     batch = points(6)
     together, alone = objective.loss("fake_score", batch, 1), full("fake").loss("discriminator", batch, 1)
     assert set(together.terms) == {"denoising", "generated", "real", "r1"}

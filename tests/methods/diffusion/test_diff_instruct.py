@@ -1,6 +1,7 @@
 """Diff-Instruct on 1-D Gaussians by quadrature."""
 
 import torch
+from tests.objectives.gaussians import MU, SIGMA, S, affine_generator, gaussian, gradient, quadrature
 from torch.testing import assert_close
 
 from potstill.contracts.players import OptimizerSpec
@@ -8,7 +9,6 @@ from potstill.methods.diffusion.diff_instruct import DiffInstruct, objective_of
 from potstill.models.denoisers import MixtureDenoiser
 from potstill.noise.gaussian import LogNormal
 from potstill.objectives.matching import Bare, DistributionMatching, TeacherError
-from tests.objectives.gaussians import MU, SIGMA, S, affine_generator, gaussian, gradient, quadrature
 
 ADAM = OptimizerSpec(optimizer="adam")
 
@@ -30,6 +30,7 @@ def test_the_paper_s_choices():
     assert objective.fake_first and config.generator_every == 1 and config.sigma_init == 1.0
     assert config.fake.betas == (0.0, 0.999) and config.fake.lr == 1e-5
     normalised = DiffInstruct(exact=True, normaliser="TeacherError")
-    assert objective_of(
-        normalised, affine_generator(), MixtureDenoiser(gaussian(0, 1)), ADAM, seed=0
-    ).normaliser == TeacherError()
+    assert (
+        objective_of(normalised, affine_generator(), MixtureDenoiser(gaussian(0, 1)), ADAM, seed=0).normaliser
+        == TeacherError()
+    )

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tests.objectives.gaussians import SGD, SIGMA, Quadrature, affine_generator, gaussian, gradient, quadrature
 from torch.testing import assert_close
 
 from potstill.contracts import keyed
@@ -14,7 +15,6 @@ from potstill.noise.gaussian import karras_grid
 from potstill.noise.mixture import GaussianMixture
 from potstill.noise.samplers import heun
 from potstill.objectives.matching import DistributionMatching, TeacherError
-from tests.objectives.gaussians import SGD, SIGMA, Quadrature, affine_generator, gaussian, gradient, quadrature
 
 
 def test_the_weight_of_the_scores_is_the_field_in_denoisers():

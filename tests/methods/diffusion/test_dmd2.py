@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tests.objectives.gaussians import SGD, gradient, quadrature
 from torch.testing import assert_close
 
 from potstill import recipe as recipes
@@ -19,13 +20,14 @@ from potstill.objectives.matching import TeacherError
 from potstill.tasks.mixture import Points
 from potstill.training.spec import TrainSpec
 from potstill.training.trainer import Trainer
-from tests.objectives.gaussians import SGD, gradient, quadrature
 
 
 def test_f_distill_of_the_reverse_kl_points_where_dmd2_does():
     options = {"normaliser": TeacherError()}
     dmd2 = gradient(quadrature(BackwardSimulation, **options))
-    reverse, forward = (gradient(quadrature(FDistillation, divergence=d, **options)) for d in (ReverseKL(), ForwardKL()))
+    reverse, forward = (
+        gradient(quadrature(FDistillation, divergence=d, **options)) for d in (ReverseKL(), ForwardKL())
+    )
     assert_close(reverse, dmd2)
     assert not torch.allclose(forward, dmd2, rtol=1e-2)
 

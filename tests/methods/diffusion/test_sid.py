@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from tests.objectives.gaussians import SIGMA, affine_generator, gaussian, gradient, numbers, quadrature
 from torch.testing import assert_close
 
 from potstill.contracts import keyed
 from potstill.contracts.players import OptimizerSpec
-from potstill.methods.diffusion.sid import SiD, ScoreIdentity, objective_of
+from potstill.methods.diffusion.sid import ScoreIdentity, SiD, objective_of
 from potstill.models.denoisers import MixtureDenoiser
 from potstill.objectives.matching import Comparison, DistributionMatching
-from tests.objectives.gaussians import SIGMA, affine_generator, gaussian, gradient, numbers, quadrature
 
 ADAM = OptimizerSpec(optimizer="adam")
 

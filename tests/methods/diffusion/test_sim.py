@@ -4,6 +4,18 @@ import copy
 
 import pytest
 import torch
+from tests.objectives.gaussians import (
+    MU,
+    SGD,
+    SIGMA,
+    Quadrature,
+    S,
+    affine_generator,
+    gaussian,
+    gradient,
+    numbers,
+    quadrature,
+)  # fmt: skip
 from torch import nn
 from torch.testing import assert_close
 
@@ -15,9 +27,6 @@ from potstill.methods.diffusion.sim import SIM, ScoreImplicit
 from potstill.models.denoisers import MixtureDenoiser
 from potstill.noise.gaussian import LogUniform
 from potstill.objectives.matching import AffineScore, Bare, Comparison, DistributionMatching, NoisePower
-from tests.objectives.gaussians import (
-    MU, SGD, SIGMA, Quadrature, S, affine_generator, gaussian, gradient, numbers, quadrature,
-)  # fmt: skip
 
 DISTANCES = [SquaredScore(), PseudoHuber(0.3), PowerScore(4.0)]  # smooth ones: quadrature is exact
 
@@ -90,8 +99,12 @@ def test_weights_of_the_level_are_explicit():
 
 def test_in_denoisers_c_is_a_root_mean_square_whatever_the_size():
     """A sample written four times over has the same loss an element; in scores it has not."""
-    x, teacher, fake = (keyed.normal_like(k, torch.arange(3), torch.empty(3, 5)).double() for k in range(3))
-    at = lambda n: Comparison(x.repeat(1, n), x.repeat(1, n), torch.ones(3).double(), teacher.repeat(1, n), fake.repeat(1, n), None)  # fmt: skip
+    parts = [keyed.normal_like(k, torch.arange(3), torch.empty(3, 5)).double() for k in range(3)]
+
+    def at(times):
+        x, teacher, fake = (p.repeat(1, times) for p in parts)
+        return Comparison(x, x, torch.ones(3).double(), teacher, fake, None)
+
     for space, same in (("denoiser", True), ("score", False)):
         objective = quadrature(ScoreImplicit, distance=PseudoHuber(0.5), space=space, elements="mean")
         assert torch.allclose(objective.matching(at(1), 0), objective.matching(at(4), 0)) is same

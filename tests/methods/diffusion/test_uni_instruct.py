@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tests.objectives.gaussians import SGD, SIGMA, Quadrature, gaussian, gradient, numbers, quadrature
 from torch.nn.functional import softplus
 from torch.testing import assert_close
 
@@ -30,7 +31,6 @@ from potstill.objectives.matching import TeacherError, time_bins
 from potstill.tasks.mixture import Points
 from potstill.training.spec import TrainSpec
 from potstill.training.trainer import Trainer
-from tests.objectives.gaussians import SGD, SIGMA, Quadrature, gaussian, gradient, numbers, quadrature
 
 
 def expanded(divergence, **options):
@@ -73,7 +73,10 @@ def test_the_slice_by_finite_differences(divergence):
         return width * (q.log_density(x, SIGMA).exp() * divergence.score_weight(u) * gap[:, 0] ** 2).sum().item()
 
     h = 1e-4
-    expected = [(value(0.6 + h, 0.9) - value(0.6 - h, 0.9)) / (2 * h), (value(0.6, 0.9 + h) - value(0.6, 0.9 - h)) / (2 * h)]  # fmt: skip
+    expected = [
+        (value(0.6 + h, 0.9) - value(0.6 - h, 0.9)) / (2 * h),
+        (value(0.6, 0.9 + h) - value(0.6, 0.9 - h)) / (2 * h),
+    ]
     assert_close(slice_gradient(divergence), numbers(*expected), rtol=1e-5, atol=1e-7)
 
 
@@ -173,7 +176,10 @@ def test_the_discriminator_is_the_channel_mean_of_the_fake_score():
     assert not list(objective.heads.parameters())
     features = objective.fake.features(x, sigma, names=["layers.1"])["layers.1"]
     assert_close(objective.logits(x, sigma, None), features.mean(1, keepdim=True))
-    assert ChannelMean()(torch.randn(2, 8, 4, 4)).shape == (2, 16) and ChannelMean()(torch.randn(2, 5, 8)).shape == (2, 5)
+    assert ChannelMean()(torch.randn(2, 8, 4, 4)).shape == (2, 16) and ChannelMean()(torch.randn(2, 5, 8)).shape == (
+        2,
+        5,
+    )
     loss = objective.loss("fake_score", points(6), 0)
     assert {k: t.coefficient for k, t in loss.terms.items()} == {"denoising": 1.0, "generated": 0.5, "real": 0.5}
     assert list(learned(head="learned").heads.parameters())

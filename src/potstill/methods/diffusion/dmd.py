@@ -15,6 +15,7 @@ by Heun's method on EDM's levels; 1e-6 is added below the fraction; the number o
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,4 +115,4 @@ def dmd(run: Run, config: DMD) -> Result:
         z = samplers.start(teacher.shape, 1.0, keyed.key(run.seed, "pairs"), ids)
         y = run.stage("pairs", draw_pairs, teacher, z, condition, config.sigma_init, config.pair_steps)
         pairs = Pairs(z, y.to(run.device), condition)
-    return distilled(run, config, lambda *given: objective_of(*given, pairs=pairs))
+    return distilled(run, config, partial(objective_of, pairs=pairs))

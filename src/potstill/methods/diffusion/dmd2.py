@@ -14,6 +14,7 @@ generator moves, the fake score sees the same noise through the moved generator,
 are those of `objectives.blocks` (4x4 convolutions to a map of logits).
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class DMD2(FakeScoreConfig):
     @field_validator("steps")
     @classmethod
     def _fall(cls, steps: list[float]) -> list[float]:
-        if any(b >= a for a, b in zip(steps, steps[1:])) or any(not s > 0 for s in steps):
+        if any(b >= a for a, b in pairwise(steps)) or any(not s > 0 for s in steps):
             raise ValueError(f"the levels of a student of several calls must fall and be positive, got {steps}")
         return steps
 

@@ -33,7 +33,8 @@ def _has_curvature(divergence: FDivergence) -> FDivergence:
     return divergence
 
 
-Curved = Annotated[Part(FDivergence), AfterValidator(_has_curvature)]  # a divergence whose score weight is not 0
+# a divergence whose score weight is not 0
+Curved = Annotated[Part(FDivergence), AfterValidator(_has_curvature)]  # type: ignore[valid-type]
 
 
 class FakeScoreConfig(MethodConfig):

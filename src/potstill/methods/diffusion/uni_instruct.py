@@ -21,9 +21,9 @@ Departures from the code: r is exp(logit), not a function of the value of the di
 Jeffreys has equal shares; no clipping of single gradient values.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -87,7 +87,7 @@ class ExpandedMatching(RatioMatching, ScoreSurrogate):
         teacher: Any,
         *,
         divergence: FDivergence,
-        parts: list[str] | tuple[str, ...] = scores.PARTS,
+        parts: Sequence[str] = scores.PARTS,
         ratio_gradient: RatioGradient = "network",
         sid_until: int = 0,
         **given: Any,
