@@ -94,6 +94,8 @@ class Seesaw(Objective):
         gap = ((log_q.exp() * (log_q - log_c)).sum(-1) * batch.counted_BT).sum()
         return Loss({"gap": Term(self.scale(gap[None]).sum(), batch.counted_BT.sum().float())})
 
+
+class Clamped(Seesaw):
     def after_step(self, player: str, step: int) -> None:
         with torch.no_grad():  # weights are whole here, and what is done to them stays
             self.student.network.get_output_embeddings().weight.clamp_(-0.6, 0.6)
@@ -117,6 +119,8 @@ def objective(case: str, models: Path) -> Objective:
         case "lora":  # one row, and none left for the second process
             return Watched(student.with_lora(LoraSpec(r=1)), teacher, **known)
         case "seesaw":
+            return Clamped(student, larger.requires_grad_(True))
+        case "low seesaw":
             return Seesaw(student, larger.requires_grad_(True))
         case "counts":
             return TwoCounts(student, teacher, **known)
@@ -144,7 +148,7 @@ def train(case: str, models: Path, out: Path, **changes: object) -> Objective:
                 made.student.hidden(torch.tensor([[3, 4, 5]]))
         return {"norm": next(made.student.parameters()).norm().item()}
 
-    if case == "low":
+    if case.startswith("low"):
         options["precision"] = "bf16"
     spec = TrainSpec(**options | {"evaluate_every": 2} | changes)
     trainer = Trainer(spec, out, evaluate=evaluate)
@@ -158,7 +162,7 @@ def train(case: str, models: Path, out: Path, **changes: object) -> Objective:
 
 def main(models: Path) -> None:
     """All runs of two processes, so that they are started once."""
-    for case in ("text", "rollouts", "recomputed", "moving", "seesaw", "lora", "low"):
+    for case in ("text", "rollouts", "recomputed", "moving", "seesaw", "lora", "low", "low seesaw"):
         train(case, models, models / "two" / case, micro_batch=4, sharded=True)
     for case in ("text", "rollouts"):
         train(case, models, models / "cut" / case, micro_batch=2, sharded=True)

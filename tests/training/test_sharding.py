@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from sharded import train
 
 CASES = ("text", "rollouts", "moving", "seesaw", "lora")
+LOW = ("low", "low seesaw")
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,13 @@ def runs(tiny_lm, tmp_path_factory):
         shutil.copytree(made, folder / name)
     for case in CASES:
         train(case, folder, folder / "one" / case, sharded=case == "seesaw")  # alone, there is nothing to split with
-    train("low", folder, folder / "one" / "low")
+    for case in LOW:
+        train(case, folder, folder / "one" / case)
     train("text", folder, folder / "resumed" / "text", steps=2)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [*start, str(Path(__file__).parent / "sharded.py"), str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return folder
 
@@ -94,13 +96,14 @@ def test_recomputed_activations_change_nothing(runs):
     same(runs, "one/text", "two/recomputed")
 
 
-def test_low_precision_is_that_of_the_passes_alone(runs):
-    weights = load_file(runs / "two/low/end.safetensors")
+@pytest.mark.parametrize("case", LOW)
+def test_low_precision_is_that_of_the_passes_alone(runs, case):
+    """Also where a player's weights are first used, and held still, in another's turn."""
+    weights = load_file(runs / "two" / case / "end.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float32}
-    ours, theirs = (read_journal(runs / run / "low/metrics.jsonl") for run in ("one", "two"))
-    for a, b in zip(ours, theirs):
-        assert b["student/loss"] == pytest.approx(a["student/loss"], rel=2e-2)
-        assert b["student/gradient_norm"] == pytest.approx(a["student/gradient_norm"], rel=5e-2)
+    for a, b in zip(*(read_journal(runs / run / case / "metrics.jsonl") for run in ("one", "two"))):
+        for name in a.keys() - {"stage"}:
+            assert b[name] == pytest.approx(a[name], rel=5e-2), name
 
 
 def test_checkpoints_are_those_of_any_run(runs):
