@@ -35,6 +35,7 @@ from potstill.tasks.base import Source
 from potstill.tasks.sources import load
 from potstill.tasks.tokens import Prompts, pad_id, token_rows
 from potstill.teachers import LocalTeacher
+from potstill.teachers.aligned import AlignedTeacher, check_tokenizers
 from potstill.teachers.cached import CachedTeacher, cached_tokenizer
 from potstill.teachers.served import ServedTeacher
 from potstill.training.checkpoint import checkpoints
@@ -107,7 +108,8 @@ class Run:
         """What packaged networks must know of the data: classes, sizes, the tokenizer."""
         context = dict(self.source.context)
         if self.source.kind in ("text", "prompts", "chat") and "tokenizer" not in context:
-            named = [s for s in self._specs() if s.cache or (s.name is not None and s.address is None)]
+            own = [s for s in self._specs() if not s.aligned]  # others bring a tokenizer of their own
+            named = [s for s in own if s.cache or (s.name is not None and s.address is None)]
             foreign = next((s for s in named if s.cache or not self._packaged(s)), None)
             if foreign is not None and foreign.cache:
                 context["tokenizer"] = cached_tokenizer(foreign.cache)
@@ -153,7 +155,12 @@ class Run:
             return cached.check(self.states(cached.index["data"]["kind"]))
         if isinstance(spec, ModelSpec) and spec.address is not None:
             return ServedTeacher(spec.address, self.context["tokenizer"], spec.served)
-        return LocalTeacher(self.model(role))
+        teacher = LocalTeacher(self.model(role))
+        if isinstance(spec, ModelSpec) and spec.aligned:
+            student = self.student()
+            check_tokenizers(teacher.model, student)
+            return AlignedTeacher(teacher, student.tokenizer)
+        return teacher
 
     def model(self, role: str) -> Any:
         """The model of a role, on the run's device; built once."""
@@ -199,6 +206,11 @@ class Run:
         """Whether a role's weights are loaded here: not those of a teacher whose answers come from elsewhere."""
         specs = self.spec(role)
         return all(s.loaded for s in (specs if isinstance(specs, list) else [specs]))
+
+    def aligned(self, role: str) -> bool:
+        """Whether a role's model has a tokenizer of its own, and is compared by spans of text."""
+        spec = self.spec(role)
+        return isinstance(spec, ModelSpec) and spec.aligned
 
     @cached_property
     def roles(self) -> dict[str, Role]:

@@ -49,6 +49,22 @@ class TokenLogp(Signal):
 
 
 @dataclass(frozen=True)
+class SpanLogp(Signal):
+    """What a teacher of another vocabulary says of S spans of the batch's text.
+
+    At the M spans that are `single` tokens on both sides it may give whole rows: log-probabilities of the K outcomes that
+    both vocabularies share, and last of all others as one.
+    """
+
+    logp_S: Tensor
+    ranges_S2: Tensor  # [start, end) among the tokens of the student's row
+    row_S: Tensor
+    single_S: Tensor | None = None
+    rows_MK: Tensor | None = None  # [M, K + 1]
+    student_K: Tensor | None = None  # the shared outcomes as the student numbers them
+
+
+@dataclass(frozen=True)
 class Features(Signal):
     by_name: dict[str, Tensor]
 

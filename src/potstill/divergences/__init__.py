@@ -94,7 +94,7 @@ from potstill.divergences.scores import (
     sid,
     with_score_gradient,
 )
-from potstill.divergences.spans import Shared, complement_logp, event_divergence, span_logp
+from potstill.divergences.spans import Shared, complement_logp, event_divergence, shared_rows, span_logp
 from potstill.divergences.supports import Full, Support, TopK, log_mass, log_probs, tail_logp
 from potstill.divergences.transport import Sinkhorn, Transport, pairwise_cost
 
@@ -198,6 +198,7 @@ __all__ = [
     "relation_distances",
     "relation_kl",
     "score_implicit",
+    "shared_rows",
     "sid",
     "similarity_preserving",
     "span_logp",

@@ -96,6 +96,10 @@ class Shared(Support):
         self.teacher_K, self.student_K = teacher_K, student_K
         self._least = [int(ids.max()) + 1 if len(ids) else 0 for ids in (teacher_K, student_K)]
 
+    def of_teacher(self, logp: Tensor) -> Tensor:
+        """The teacher's side alone, [*P, V] -> [*P, K + 1]."""
+        return shared_rows(logp, self.teacher_K)
+
     def __repr__(self) -> str:
         return f"Shared({len(self.teacher_K)} outcomes)"
 
@@ -106,10 +110,11 @@ class Shared(Support):
                     f"Shared: the {whose}'s rows have {logp.shape[-1]} outcomes, but ids go up to {least - 1}. "
                     "Teacher and student may be swapped, or the tokenizer is another model's."
                 )
-        return _shared(teacher_logp, self.teacher_K), _shared(student_logp, self.student_K)
+        return shared_rows(teacher_logp, self.teacher_K), shared_rows(student_logp, self.student_K)
 
 
-def _shared(logp: Tensor, ids_K: Tensor) -> Tensor:
+def shared_rows(logp: Tensor, ids_K: Tensor) -> Tensor:
+    """One side of `Shared`: the outcomes named, and the rest as one. [*P, V] -> [*P, K + 1]."""
     logp, ids_K = promoted(logp), ids_K.to(logp.device)
     rest = log_mass(logp.index_fill(-1, ids_K, -INF))  # summed, not 1 - kept: exact where nearly all is shared
     return torch.cat([logp.index_select(-1, ids_K), rest.unsqueeze(-1)], -1)

@@ -58,6 +58,7 @@ class ModelSpec(Spec):
     compile: bool = False
     options: dict[str, Any] = Field(default_factory=dict)  # of a packaged network: width, depth, ...
     served: ServedSpec = ServedSpec()  # of a teacher behind an address
+    aligned: bool = False  # of a teacher with another tokenizer: compared by spans of text
 
     @model_validator(mode="before")
     @classmethod
@@ -66,6 +67,8 @@ class ModelSpec(Spec):
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSpec":
+        if self.aligned and (self.name is None or self.cache is not None):
+            raise ValueError("aligned is for a model with a tokenizer of its own: give the folder or id as name")
         if self.cache is not None and self.from_ is not None:
             raise ValueError("takes cache or from, not both: a cache has no weights")
         if self.cache is None and (self.name is None) == (self.from_ is None):

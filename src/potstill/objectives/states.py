@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from potstill.contracts import keyed
 from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import SignalError
-from potstill.contracts.signals import FullLogits, HiddenAndHead, Signal, TokenLogp, TopKLogp
+from potstill.contracts.signals import FullLogits, HiddenAndHead, Signal, SpanLogp, TokenLogp, TopKLogp
 from potstill.contracts.terms import Term
 from potstill.divergences import ForwardKL, LinearDivergence, TopK, entropy, linear_divergence, log_probs
 from potstill.weighting import Positions
@@ -195,6 +195,8 @@ def signal_of(teacher: Any, batch: TokenBatch, estimator_needs: type[Signal] = F
         need: type[Signal] = HiddenAndHead
     elif FullLogits in teacher.gives:
         need = FullLogits
+    elif SpanLogp in teacher.gives:
+        need = SpanLogp
     elif TokenLogp in teacher.gives and estimator_needs is TokenLogp:
         need = TokenLogp
     else:

@@ -17,7 +17,7 @@ from potstill.contracts import keyed
 from potstill.contracts.batch import Batch, PromptBatch, TokenBatch
 from potstill.contracts.errors import DataError, NonFiniteError, RecipeError, SignalError
 from potstill.contracts.players import Objective, OptimizerSpec, Player
-from potstill.contracts.signals import FullLogits, HiddenAndHead, Signal, TokenLogp, TopKLogp
+from potstill.contracts.signals import FullLogits, HiddenAndHead, Signal, SpanLogp, TokenLogp, TopKLogp
 from potstill.contracts.spec import Spec
 from potstill.contracts.terms import Loss, Term
 from potstill.divergences import (
@@ -26,12 +26,16 @@ from potstill.divergences import (
     Exact,
     FDivergence,
     ForwardKL,
+    Full,
     JensenShannon,
     ReverseKL,
     SampledReverseKL,
     entropy,
+    event_divergence,
     linear_divergence,
     log_probs,
+    shared_rows,
+    span_logp,
 )
 from potstill.models.ema import EMA
 from potstill.objectives.states import (
@@ -102,7 +106,8 @@ class TokenDistillation(Objective):
     """Distil a causal language model at the counted tokens of text, completions or the student's own rollouts.
 
     student, teacher: a CausalLM and a teacher (None: plain language modelling, the control). One that gives its top k
-        alone serves exact divergences, one that gives its tokens' log-probabilities the sampled gradient without baseline.
+        alone serves exact divergences, one that gives its tokens' log-probabilities the sampled gradient without baseline,
+        one of another vocabulary (`AlignedTeacher`) either, by spans of text.
     estimator: an FDivergence (exact over the vocabulary) or an Estimator (sampled gradient; needs on-policy states).
     rollouts: with a PromptBatch, how to continue it, here or at a server that holds the student; on_policy: the share of
         steps that do so, the others taking the prompt's ground-truth completion (GKD's lambda, drawn by a keyed coin a step).
@@ -155,7 +160,7 @@ class TokenDistillation(Objective):
         self.shared: int | None = None
         if teacher is not None:
             self._check_teacher(teacher)
-            self.shared = check_vocabulary(student, teacher)
+            self.shared = None if SpanLogp in teacher.gives else check_vocabulary(student, teacher)
         elif cross_entropy == 0:
             raise RecipeError("Without a teacher nothing is left to learn: give a teacher, or cross_entropy > 0.")
         if self.estimator.on_policy and rollouts is not None:
@@ -188,12 +193,25 @@ class TokenDistillation(Objective):
                 f"{teacher.name} gives log-probabilities at temperature {known}, and {self.temperature} is asked. "
                 f"Set method.temperature to {known}, or use a live teacher."
             )
+        if SpanLogp in teacher.gives:
+            self._check_spans(teacher)
+            return
         exact = TopKLogp in teacher.gives and isinstance(self.estimator, Exact)
         if not exact and not (TokenLogp in teacher.gives and self.estimator.needs is TokenLogp):
             given = ", ".join(sorted(s.__name__ for s in teacher.gives)) or "nothing"
             raise SignalError(
                 f"{type(self.estimator).__name__} needs more than {teacher.name} gives ({given}). With a top k, use an exact "
                 "divergence; with tokens' log-probabilities, SampledReverseKL without baseline; else a live teacher."
+            )
+
+    def _check_spans(self, teacher: Any) -> None:
+        """Refuse what looks at single tokens of a teacher that has others."""
+        whole = isinstance(self.estimator, Exact) and self.estimator.support == Full()
+        tokens = set(self.weighting.needs) | {f"{need}_BR" for extra in self.extras for need in extra.needs}
+        if not (whole or self.estimator.needs is TokenLogp) or self.extras or tokens & {f"{x}_BR" for x in COMPARED}:
+            raise SignalError(
+                f"{teacher.name} is compared by spans, not token by token: take a divergence over the full vocabulary or "
+                "SampledReverseKL without baseline, a weighting that does not compare the models, and no further terms."
             )
 
     @property
@@ -312,6 +330,8 @@ class TokenDistillation(Objective):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of one teacher's comparison, and what is seen of the positions, detached [N] each."""
         signal = self._signal(teacher, batch)
+        if isinstance(signal, SpanLogp):
+            return self._from_spans(signal, hidden_ND, batch, tokens_N, weights_N)
         if isinstance(signal, TokenLogp):
             return self._from_token_logp(signal, hidden_ND, batch, tokens_N, weights_N)
         if not self.student.has_linear_head:
@@ -352,6 +372,36 @@ class TokenDistillation(Objective):
         values_N = self.estimator.per_position(theirs_N, logp_N, tokens_N, self._sampled(batch))
         total = values_N.sum() if weights_N is None else (values_N * weights_N).sum()
         return total, {"log_ratio": (theirs_N - logp_N).detach()}
+
+    def _from_spans(
+        self, signal: SpanLogp, hidden_ND: Tensor, batch: TokenBatch, tokens_N: Tensor, weights_N: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same where the teacher has other tokens: a span counts at its last one, with that one's weight.
+
+        Exact divergences compare each span with everything else, and whole rows where a span is one token on both sides.
+        """
+        logp_N = token_logp(self.student, hidden_ND, tokens_N)
+        logp_BT = logp_N.new_zeros(batch.counted_BT.shape).index_put((batch.counted_BT,), logp_N)
+        own_S, theirs_S = span_logp(logp_BT, signal.ranges_S2, signal.row_S), signal.logp_S.to(logp_N)
+        order_BT = (batch.counted_BT.flatten().cumsum(0) - 1).view(batch.counted_BT.shape)
+        last_S = order_BT[signal.row_S, signal.ranges_S2[:, 1] - 1]
+        if isinstance(self.estimator, Exact):
+            part, single_S = self.estimator.divergence, torch.zeros_like(signal.row_S, dtype=torch.bool)
+            values_S = logp_N.new_zeros(len(own_S))
+            if signal.single_S is not None and signal.rows_MK is not None and signal.student_K is not None:
+                single_S, rows_MK, ids_K = signal.single_S, signal.rows_MK.to(logp_N), signal.student_K
+                compared = lambda some, where: part(
+                    teacher_logp=rows_MK[where], student_logp=shared_rows(log_probs(some), ids_K)
+                )
+                logits_MV = self.student.head(hidden_ND[last_S[single_S]])
+                values_S = values_S.index_put((single_S,), by_rows(compared, logits_MV))
+            events = event_divergence(part, teacher_logp=theirs_S[~single_S], student_logp=own_S[~single_S])
+            values_S = values_S.index_put((~single_S,), events)
+        else:
+            values_S = self.estimator.per_position(theirs_S, own_S, tokens_N[last_S], None)
+        weighed_S = values_S if weights_N is None else values_S * weights_N[last_S]
+        ratio_N = torch.zeros_like(logp_N.detach()).index_put((last_S,), (theirs_S - own_S).detach())
+        return weighed_S.sum(), {"log_ratio": ratio_N}
 
     def _from_logits(
         self, teacher: Any, signal: Signal, hidden_ND: Tensor, batch: TokenBatch, tokens_N: Tensor,

@@ -182,6 +182,15 @@ def prompt_tokens(row: str | Mapping[str, Any], tokenizer: "PreTrainedTokenizerB
     return chat_prompt([{"role": "user", "content": text}], tokenizer)
 
 
+def prompt_of(row: Any, tokenizer: "PreTrainedTokenizerBase", shown: str) -> list[int]:
+    """The prompt of a row of `Prompts` under another tokenizer. shown: what the student was shown, where rows are texts."""
+    if isinstance(row, str):
+        return list(tokenizer(shown)["input_ids"])
+    if isinstance(row, Mapping):
+        return prompt_tokens(row, tokenizer, None)
+    return chat_prompt(row[: _last_user(row) + 1], tokenizer)
+
+
 def chat_prompt(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """A conversation up to where the assistant is to answer, as tokens."""
     _template(tokenizer)
@@ -258,11 +267,16 @@ def _prompt_and_completion(
     if isinstance(row, Mapping):
         completion = _completion(row)
         return prompt_tokens(row, tokenizer, chat), _answer_tokens(completion, tokenizer) if completion else None
-    last = max((i for i, message in enumerate(row) if message["role"] == "user"), default=-1)
-    if last < 0:
-        raise DataError("Prompts: a conversation has no user turn to answer.")
+    last = _last_user(row)
     answer = row[last + 1]["content"] if last + 1 < len(row) and row[last + 1]["role"] == "assistant" else None
     return chat_prompt(row[: last + 1], tokenizer), _answer_tokens(answer, tokenizer) if answer else None
+
+
+def _last_user(messages: Sequence[Mapping[str, str]]) -> int:
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    if last < 0:
+        raise DataError("Prompts: a conversation has no user turn to answer.")
+    return last
 
 
 def _answer_tokens(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -65,7 +65,7 @@ def compared(
         _show_weights(run, *weighed)
     students = {"student before": before, "student after": student, "control": control}
     students = {name: model for name, model in students.items() if model is not None}
-    if teacher is None and not run.loads("teacher"):
+    if teacher is None and (not run.loads("teacher") or run.aligned("teacher")):
         return _alone(run, students)
     teacher = teacher or run.model("teacher")
     values = run.stage("comparison", _measure, run, students, teacher, tuple(lengths))
@@ -158,7 +158,7 @@ def _weights(run: Run, objective: TokenDistillation | PolicyGradient, data: Any)
 
 
 def _alone(run: Run, students: Mapping[str, Any]) -> Result:
-    """What is known of students whose teacher is not here: it was served, or its answers were cached."""
+    """What is known of students whose teacher is not here (served, or its answers cached), or has other tokens."""
     values = run.stage(
         "comparison", lambda: {name: run.evaluate(model)["perplexity"] for name, model in students.items()}
     )
@@ -168,7 +168,7 @@ def _alone(run: Run, students: Mapping[str, Any]) -> Result:
         "The student before and after",
         columns=["model", "perplexity"],
         rows=[[name, value] for name, value in values.items()],
-        note="On held-out text. The teacher's weights are not here, so that nothing is compared with it.",
+        note="On held-out text. The teacher's weights are not here, or it has other tokens: nothing is compared with it.",
     )
     named = {"perplexity" if name == "student after" else f"{name.replace('student ', '')}_perplexity": value
              for name, value in values.items()}  # fmt: skip
