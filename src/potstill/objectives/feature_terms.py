@@ -337,6 +337,6 @@ class TokenExit(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([self.carry(x[:, : self.before]), self.merge(x[:, self.before :])], 1)
-        x = self.blocks(x)
+        patches = self.merge(x[:, self.before :])
+        x = self.blocks(torch.cat([self.carry(x[:, : self.before]), patches], 1) if self.before else patches)
         return self.head(x[:, 0] if self.before else x.mean(1))
