@@ -89,8 +89,8 @@ class Seesaw(Objective):
         }
 
     def loss(self, player: str, batch: TokenBatch, step: int) -> Loss:
-        given = (batch.tokens_BT, batch.attention_BT)
-        log_q, log_c = self.student(*given).log_softmax(-1), self.critic(*given).log_softmax(-1)
+        said = lambda model: model.head(model.hidden(batch.tokens_BT, batch.attention_BT)).log_softmax(-1)
+        log_q, log_c = said(self.student), said(self.critic)
         gap = ((log_q.exp() * (log_q - log_c)).sum(-1) * batch.counted_BT).sum()
         return Loss({"gap": Term(self.scale(gap[None]).sum(), batch.counted_BT.sum().float())})
 
