@@ -37,6 +37,7 @@ def points(size: int = 6) -> PointBatch:
 
 def learned(teacher=None, **changes) -> TrajectoryMatching:
     given = {"sigma_init": 20.0, "ema": 0.9, "fake": SGD, "guidance": 0.0, "longest": 5} | changes
+    torch.manual_seed(0)
     teacher = teacher or jittered(mlp_denoiser(width=16, depth=1))
     generator = OneStep(copy.deepcopy(teacher), 20.0, [3.0, 1.0])
     return objective_of(CDM.model_validate(given), generator, teacher, SGD, 0)

@@ -40,6 +40,7 @@ def learned(module, teacher=None, **changes):
     """A small objective of a method's module; the student is the teacher's copy."""
     config = {scm: scm.SCM, rcm: rcm.RCM, tbcm: tbcm.TBCM}[module]
     given = {"sigma_init": 20.0, "warmup": 0, "ema": 0.9} | ({"fake": SGD} if module is rcm else {})
+    torch.manual_seed(0)
     teacher = teacher or jittered(mlp_denoiser(width=16, depth=1))
     generator = OneStep(copy.deepcopy(teacher), 20.0)
     return module.objective_of(config.model_validate(given | changes), generator, teacher, SGD, 0)
