@@ -366,7 +366,10 @@ def test_transforms_are_applied_in_order():
 def test_weights_multiply_samples_and_leave_the_count():
     labels = batch_of().labels_B
     sure = 9 * nn.functional.one_hot(labels, V) * (torch.arange(B) < 2)[:, None]
-    z, v = rows(0) + sure.flip(0).roll(1, 1), rows(1) + sure  # the teacher is right on two rows, the student on two others
+    z, v = (
+        rows(0) + sure.flip(0).roll(1, 1),
+        rows(1) + sure,
+    )  # the teacher is right on two rows, the student on two others
     kd_B = KD(2.0)(z, v, labels)["kd"]
     pair = {"student": z, "teacher": v, **KD_ALONE}
     for of, logits in (("teacher", v), ("student", z)):

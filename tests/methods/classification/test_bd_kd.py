@@ -117,9 +117,7 @@ class Table(nn.Module):
 
 def objective(config):
     networks = {"student": Table(rows(0)), "teacher": Table(rows(1))}
-    return MutualDistillation(
-        networks, config.losses(), optimizer=OptimizerSpec(), cross_entropy=config.cross_entropy
-    )
+    return MutualDistillation(networks, config.losses(), optimizer=OptimizerSpec(), cross_entropy=config.cross_entropy)
 
 
 @pytest.mark.parametrize("regulariser", ["none", "kl_s_t", "kl_t_s", "gated"])
@@ -138,7 +136,9 @@ def test_the_teachers_regulariser(regulariser):
     gradients = torch.autograd.grad(student, [it.networks["student"].z, it.networks["teacher"].z], allow_unused=True)
     assert gradients[0] is not None and gradients[1] is None
     if own:
-        of_teacher = torch.autograd.grad(sum(own), [it.networks["student"].z, it.networks["teacher"].z], allow_unused=True)
+        of_teacher = torch.autograd.grad(
+            sum(own), [it.networks["student"].z, it.networks["teacher"].z], allow_unused=True
+        )
         assert of_teacher[0] is None
         if regulariser == "kl_s_t":
             assert_close(of_teacher[1], 0.5 * (rows(1).softmax(-1) - rows(0).softmax(-1)) / B)
