@@ -66,7 +66,7 @@ def test_the_student_ends_nearer_to_the_data_than_it_began(name, source, teacher
         z = samplers.start([2], 1.0, keyed.key(0, "pairs"), torch.arange(500))
         extra = {"pairs": dmd.Pairs(z, dmd.draw_pairs(teacher, z, None, 2.5, config.pair_steps))}
     objective = module.objective_of(config, generator, teacher, ADAM, 0, **extra)
-    steps = 250 if name.startswith("dmd2") else 125
+    steps = 160 if name.startswith("dmd2") else 100
     Trainer(TrainSpec(steps=steps, batch=64, trackers=[], device="cpu")).fit(objective, Points(source.train.points))
     end = distance(objective.ema.average, source)
     assert end < 0.4 * start
