@@ -103,7 +103,9 @@ def nd_loss(run: Run, config: ND) -> Result:
     teacher = run.teacher()
     rows, model, classes = training_rows(run, config.rows), teacher.model, run.student().classes
     means = run.stage("class_means", class_means, model, rows, classes, run.device).to(run.device)
-    directions = means if config.directions == "means" else dict(model.named_parameters())[f"{model.head_name}.weight"].detach()
+    directions = (
+        means if config.directions == "means" else dict(model.named_parameters())[f"{model.head_name}.weight"].detach()
+    )
 
     @torch.no_grad()
     def geometry(measured: Any) -> dict[str, float]:
