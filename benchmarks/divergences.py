@@ -6,8 +6,8 @@
 
 Every case runs in a process of its own, with the same inputs, threads and wait policy. It times the four products alone
 (student's logits, teacher's logits, gradient of the hidden states, gradient of the head, in chunks of 512 tokens, in
-float32) in turns with its own, and reports the best time over their best: a ratio that a busy machine changes little. Extra memory
-is the highest resident size during the call above that before it; the gradients that a call must return are in it.
+float32) in turns with its own, and reports the best time over their best: a ratio that a busy machine changes little.
+Extra memory is the highest resident size during the call above that before it; the gradients that a call must return are in it.
 Results go to benchmarks/results/divergences.json, with versions and machine.
 """
 

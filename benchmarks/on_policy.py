@@ -140,7 +140,9 @@ def potstill(what: str, folder: Path) -> dict[str, Any]:
     scorer: Any = LocalTeacher(teacher)
     if privileged:
         solution = " ".join(rows[0][1]["content"].split()[:NEW])
-        scorer = PrivilegedTeacher(scorer, PrivilegedContext(tokenizer, lambda row, said: f"{row[0]['content']} {solution}"))
+        scorer = PrivilegedTeacher(
+            scorer, PrivilegedContext(tokenizer, lambda row, said: f"{row[0]['content']} {solution}")
+        )
     scorer.score = watched("teacher", scorer.score)
     objective = Timed(
         student, scorer, JensenShannon(0.5), optimizer=OptimizerSpec(lr=1e-5), seed=0,
