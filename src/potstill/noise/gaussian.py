@@ -388,7 +388,7 @@ class KarrasIndex(LevelSampler):
 
 @dataclass(frozen=True)
 class KarrasUniform(LevelSampler):
-    """Karras' levels at u ~ U(low, high), u = 1 the noisiest. SiD's generator draws from low = 0.2, high = 1."""
+    """Karras' levels at u ~ U(low, high), u = 1 the noisiest. SiD's generator draws up to high = 0.8."""
 
     smin: float = 0.002
     smax: float = 80.0
