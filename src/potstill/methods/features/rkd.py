@@ -4,9 +4,10 @@
                  + l_A mean over triplets of huber( cos of the angle at i between j and k (student), the teacher's )
 
 d_ij = |f_i - f_j| of the penultimate features f [B, D], of any two widths: no projector. Both relations couple the batch, so
-a batch cannot be cut. l_D = 25, l_A = 50 are said to be the paper's for classification (second-hand). The mean distance is that of the pairs apart
-and has a gradient, as in the authors' code; their mean over all B^2 pairs, those of a sample with itself among them, would
-weigh (B - 1) / B as much. `distillation` adds KD at `temperature` (the paper's table of combinations).
+a batch cannot be cut. l_D = 25, l_A = 50 are said to be the paper's for classification (second-hand). The mean distance
+is that of the pairs apart and has a gradient, as in the authors' code; their mean over all B^2 pairs, those of a sample
+with itself among them, would weigh (B - 1) / B as much. `distillation` adds KD at `temperature` (the paper's table of
+combinations).
 """
 
 from pydantic import Field
