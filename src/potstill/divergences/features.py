@@ -81,6 +81,15 @@ def whitened_smooth_l1(*, teacher: Tensor, student: Tensor, beta: float = 2.0) -
     return smooth_l1_loss(promoted(student), target, reduction="none", beta=beta).mean(-1)
 
 
+def exit_weights(
+    teacher_logits: Tensor, labels: Tensor, gamma: float = 1.0, temperature: float = 1.0, form: str = "code"
+) -> Tensor:
+    """The weights w of `exit_loss`, [*P, V] and labels [*P] -> [*P, V]."""
+    p, at = log_probs(teacher_logits, temperature).exp(), labels.unsqueeze(-1)
+    others, less = (p**gamma, 1.0) if form == "code" else (p, 0.0)
+    return others.scatter(-1, at, (1 + p.gather(-1, at)) ** gamma - less)
+
+
 def exit_loss(
     *,
     teacher_logits: Tensor,
@@ -109,10 +118,8 @@ def exit_loss(
         raise RecipeError(f"exit_loss's form must be 'code' or 'paper', got {form!r}.")
     if not gamma > 0:
         raise RecipeError(f"exit_loss's gamma must be positive, got {gamma}.")
-    p, log_q = log_probs(teacher_logits.detach(), temperature).exp(), log_probs(student_logits, temperature)
-    others, less = (p**gamma, 1.0) if form == "code" else (p, 0.0)
-    at = labels.unsqueeze(-1)
-    weight = others.scatter(-1, at, (1 + p.gather(-1, at)) ** gamma - less)
+    weight = exit_weights(teacher_logits.detach(), labels, gamma, temperature, form)
+    log_q = log_probs(student_logits, temperature)
     return -torch.where(weight > 0, weight * log_q, 0.0).sum(-1)
 
 

@@ -498,6 +498,11 @@ class Guided(_Denoising):
         return self.denoiser.null_label
 
 
+def guided(denoiser: Any, scale: float) -> Any:
+    """The denoiser under guidance, or itself at scale 1."""
+    return Guided(denoiser, scale) if scale > 1 else denoiser
+
+
 class OneStep(nn.Module):
     """A one-step generator G(z) = D(sigma_init z; sigma_init) around a denoiser.
 

@@ -179,14 +179,11 @@ class Consistency(Objective):
             )
             return normalised(self.tangent(at, student.detach(), change, step), self.c, self.root_mean)
 
-    def over_elements(self, x: Tensor) -> Tensor:
-        return per_sample(x) if self.elements == "mean" else x.flatten(1).sum(1)
-
     def loss(self, player: str, batch: Batch, step: int) -> Loss:
         at = self.points(batch, step)
         v = self.student(at.x, at.t_B, at.condition)
         g = self.direction(at, v, step)
-        values_B = self.over_elements(((v - v.detach()) / self.flow.sigma_data - g) ** 2)
+        values_B = per_sample(((v - v.detach()) / self.flow.sigma_data - g) ** 2, self.elements)
         metrics = {"tangent": Term.over(per_sample(g**2) * g[0].numel(), unit="sample")}
         return Loss({"consistency": Term.over(self.weighed(values_B, at.t_B), unit="sample")}, metrics)
 
@@ -229,7 +226,7 @@ class DiscreteConsistency(Consistency):
             safe_B = s_B.clamp_min(self.grid[1].item() / 2)  # where s = 0, f is the point itself
             target = moved(after, self.student(after, safe_B, at.condition), s_B)
         found = moved(at.x, self.student(at.x, at.t_B, at.condition), at.t_B)
-        return Loss({"consistency": Term.over(self.over_elements((found - target) ** 2), unit="sample")})
+        return Loss({"consistency": Term.over(per_sample((found - target) ** 2, self.elements), unit="sample")})
 
 
 class _OfGrid(LevelSampler):

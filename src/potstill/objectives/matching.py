@@ -46,9 +46,9 @@ def real_samples(batch: Batch) -> Tensor:
     raise RecipeError(f"Diffusion needs batches of images or points, got {type(batch).__name__}.")
 
 
-def per_sample(x: Tensor) -> Tensor:
-    """Mean over all but the batch. [B, ...] -> [B]"""
-    return x.flatten(1).mean(1)
+def per_sample(x: Tensor, elements: Literal["mean", "sum"] = "mean") -> Tensor:
+    """Mean or sum over all but the batch. [B, ...] -> [B]"""
+    return x.flatten(1).mean(1) if elements == "mean" else x.flatten(1).sum(1)
 
 
 def noised(x: Tensor, sigma_B: Tensor, seed: int, ids_B: Tensor) -> Tensor:
@@ -323,7 +323,7 @@ class DistributionMatching(Objective):
     def matching(self, at: Comparison, step: int) -> Tensor:
         """The generator's loss of each sample. [B]"""
         target = (at.x - self.field(at)).detach()
-        return 0.5 * self.over_elements((at.x - target) ** 2)
+        return 0.5 * per_sample((at.x - target) ** 2, self.elements)
 
     def sample_weight(self, at: Comparison) -> Tensor | None:
         """Relative weights of the samples, [B], detached and not negative; None is one for each.
@@ -343,10 +343,6 @@ class DistributionMatching(Objective):
         return softplus(-logits_BL).mean(1)
 
     # ---------------------------------------------------------------- one step
-
-    def over_elements(self, x: Tensor) -> Tensor:
-        """Mean or sum over all but the batch. [B, ...] -> [B]"""
-        return per_sample(x) if self.elements == "mean" else x.flatten(1).sum(1)
 
     def condition(self, batch: Batch) -> Condition:
         return condition_of(batch, self._frozen[1])

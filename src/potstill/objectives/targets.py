@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from potstill.contracts.errors import ModelError, RecipeError
 from potstill.contracts.spec import Part
-from potstill.divergences import PlaceWeights, TeacherSoftmax, log_probs, teacher_order
+from potstill.divergences import PlaceWeights, TeacherSoftmax, exit_weights, log_probs, teacher_order
 from potstill.divergences.family import one_of, promoted
 
 
@@ -74,9 +74,7 @@ class Powered(Target):
                 raise RecipeError(f"Powered.{name} must be positive, got {getattr(self, name)}.")
 
     def weights(self, teacher: Tensor, labels_B: Tensor) -> Tensor:
-        p, at = log_probs(teacher, self.temperature).exp(), labels_B.unsqueeze(-1)
-        others, less = (p**self.gamma, 1.0) if self.form == "code" else (p, 0.0)
-        return others.scatter(-1, at, (1 + p.gather(-1, at)) ** self.gamma - less)
+        return exit_weights(teacher, labels_B, self.gamma, self.temperature, self.form)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from potstill.contracts.batch import ImageBatch, PointBatch
 from potstill.contracts.errors import RecipeError
 from potstill.contracts.players import OptimizerSpec
 from potstill.methods.diffusion import rcm, scm, tbcm
+from potstill.methods.diffusion.few_steps import generator_of
 from potstill.models.denoisers import MixtureDenoiser, OneStep, mlp_denoiser, unet_tiny
 from potstill.noise.gaussian import LogNormal, TrigFlow
 from potstill.noise.mixture import GaussianMixture
@@ -203,4 +204,4 @@ def test_choices():
     assert isinstance(learned(scm, discrete=True), DiscreteConsistency)
     assert learned(scm, distil=False).teacher is None
     with pytest.raises(RecipeError, match=r"must fall from sigma_init 2 and be positive, got \[3.0\]"):
-        scm.generator_of(None, 2.0, [3.0])
+        generator_of(None, 2.0, [3.0])

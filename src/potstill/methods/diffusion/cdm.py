@@ -28,7 +28,7 @@ from potstill.contracts.players import Every, OptimizerSpec
 from potstill.contracts.spec import MethodConfig
 from potstill.contracts.terms import Loss, Term
 from potstill.methods import Role, method
-from potstill.methods.diffusion.few_steps import generator_of, reported, start_of
+from potstill.methods.diffusion.few_steps import distilled
 from potstill.models.denoisers import OneStep
 from potstill.noise.gaussian import ShiftedUniform, spread
 from potstill.objectives.matching import Comparison, DistributionMatching, noised, per_sample
@@ -184,9 +184,4 @@ def objective_of(
 
 @method("cdm", student=Role("denoiser", ready=False), teacher="denoiser", data=("images", "points"))
 def cdm(run: Run, config: CDM) -> Result:
-    teacher = run.model("teacher")
-    generator = generator_of(run, config.sigma_init, config.steps)
-    before = start_of(generator)
-    objective = objective_of(config, generator, teacher, run.train.optimizer_spec(), run.seed)
-    run.fit(objective, run.source.train)
-    return reported(run, objective, before, teacher)
+    return distilled(run, config, objective_of)

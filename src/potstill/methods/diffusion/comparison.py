@@ -2,7 +2,7 @@
 in pictures."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -63,6 +63,15 @@ def compared(run: Run, objective: DistributionMatching, before: OneStep, samples
     return Result(student, metrics)
 
 
+def record_samples(run: Run, drawn: Mapping[str, Tensor], captions: Mapping[str, str]) -> None:
+    """Grids of images by name, for the report."""
+    files = []
+    for name, caption in captions.items():
+        path = save_grid(drawn[name][:SHOWN], run.folder / "records" / f"samples-{name}.png", columns=10)
+        files.append({"path": str(path.relative_to(run.folder)), "caption": caption})
+    run.record("samples", "images", "Samples of the same noise and labels", files=files)
+
+
 def sample_metrics(run: Run) -> Callable[[Tensor], dict[str, float]]:
     """What measures samples of the run's source: images [N, C, H, W] or points [N, D] -> metrics."""
     return _image_metrics(run) if run.source.kind == "images" else _point_metrics(run)
@@ -108,11 +117,7 @@ def _pictures(run: Run, objective: DistributionMatching, student: Any, drawn: di
         "before": "The student's start: the teacher asked once",
         "student": f"Student, {count} network call{'s' * (count > 1)}",
     }
-    files = []
-    for name, caption in captions.items():
-        path = save_grid(drawn[name][:SHOWN], folder / f"samples-{name}.png", columns=10)
-        files.append({"path": str(path.relative_to(run.folder)), "caption": caption})
-    run.record("samples", "images", "Samples of the same noise and labels", files=files)
+    record_samples(run, drawn, captions)
     files = []
     ids_B = torch.arange(10, device=run.device)
     condition = labels_in_turn(objective.fake, ids_B)

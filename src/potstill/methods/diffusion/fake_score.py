@@ -17,7 +17,7 @@ from potstill.contracts.players import Every, OptimizerSpec
 from potstill.contracts.spec import MethodConfig, Part
 from potstill.divergences import FDivergence
 from potstill.methods.diffusion.comparison import compared
-from potstill.models.denoisers import Condition, Guided, MixtureDenoiser, OneStep
+from potstill.models.denoisers import Condition, MixtureDenoiser, OneStep, guided
 from potstill.noise.gaussian import LevelSampler, LogNormal
 from potstill.objectives.blocks import Heads
 from potstill.objectives.matching import AffineScore, DistributionMatching, condition_of, is_exact, tapped
@@ -58,7 +58,7 @@ def options(config: Any, generator: OneStep, teacher: Any, optimizer: OptimizerS
             "Set method.exact=true, or train a teacher."
         )
     return {
-        "teacher": Guided(teacher, config.guidance) if config.guidance > 1 else teacher,
+        "teacher": guided(teacher, config.guidance),
         "fake": AffineScore(generator) if config.exact else None,
         "seed": seed,
         "optimizer": optimizer,

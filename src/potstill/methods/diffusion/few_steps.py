@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from potstill.contracts.errors import RecipeError
-from potstill.evaluation.pictures import save_grid
-from potstill.methods.diffusion.comparison import HEUN_STEPS, SHOWN, sample_metrics
+from potstill.methods.diffusion.comparison import HEUN_STEPS, record_samples, sample_metrics
 from potstill.models.denoisers import OneStep, labels_in_turn
 from potstill.noise.gaussian import karras_grid
 from potstill.run import Result, Run
@@ -43,23 +42,29 @@ def reported(run: Run, objective: Any, before: OneStep, teacher: Any, samples: i
     }
     measure = sample_metrics(run)
     metrics: dict[str, float] = {"calls": float(len(student.levels))}
-    rows, files, columns = [], [], []
+    rows: list[list[Any]] = []
+    drawn: dict[str, Tensor] = {}
+    captions: dict[str, str] = {}
     for prefix, (calls, function) in draw.items():
-        name, drawn = prefix.rstrip("_") or "student", function().cpu()
-        numbers = measure(drawn)
+        name = prefix.rstrip("_") or "student"
+        drawn[name], captions[name] = function().cpu(), f"{name}, network calls: {calls}"
+        numbers = measure(drawn[name])
         metrics |= {prefix + key: value for key, value in numbers.items()}
         rows.append([name, calls, *numbers.values()])
-        columns = ["samples of", "network calls", *numbers]
-        if run.source.kind == "images" and run.accelerator.is_main_process:
-            path = save_grid(drawn[:SHOWN], run.folder / "records" / f"samples-{name}.png", columns=10)
-            files.append({"path": str(path.relative_to(run.folder)), "caption": f"{name}, network calls: {calls}"})
     run.record(
-        "comparison", "table", "Student, its start, and the teacher by Heun's method", columns=columns, rows=rows
-    )
-    if files:
-        run.record("samples", "images", "Samples of the same noise and labels", files=files)
+        "comparison", "table", "Student, its start, and the teacher by Heun's method",
+        columns=["samples of", "network calls", *numbers], rows=rows,
+    )  # fmt: skip
+    if run.source.kind == "images" and run.accelerator.is_main_process:
+        record_samples(run, drawn, captions)
     return Result(student, metrics)
 
 
-def start_of(generator: OneStep) -> OneStep:
-    return copy.deepcopy(generator).eval()
+def distilled(run: Run, config: Any, objective_of: Callable[..., Any]) -> Result:
+    """Teacher and generator, the objective of a config, its training, and the numbers at the end."""
+    teacher = run.model("teacher")
+    generator = generator_of(run, config.sigma_init, config.steps)
+    before = copy.deepcopy(generator).eval()
+    objective = objective_of(config, generator, teacher, run.train.optimizer_spec(), run.seed)
+    run.fit(objective, run.source.train)
+    return reported(run, objective, before, teacher)

@@ -29,8 +29,8 @@ from potstill.contracts.players import Every, From, OptimizerSpec, Player, Unles
 from potstill.contracts.spec import MethodConfig, Part
 from potstill.contracts.terms import Loss
 from potstill.methods import Role, method
-from potstill.methods.diffusion.few_steps import generator_of, reported, start_of
-from potstill.models.denoisers import Guided, OneStep
+from potstill.methods.diffusion.few_steps import distilled
+from potstill.models.denoisers import OneStep, guided
 from potstill.models.jvp import Derivative
 from potstill.noise.gaussian import LevelSampler, LogNormal, spread
 from potstill.objectives.consistency import Consistency, PathPoints
@@ -119,15 +119,15 @@ def objective_of(
     config: RCM, generator: OneStep, teacher: Any, optimizer: OptimizerSpec, seed: int
 ) -> RegularisedConsistency:
     turn = StudentTurn(config.warmup, config.generator_every if config.score_weight > 0 else 1)
-    guided = Guided(teacher, config.guidance) if config.guidance > 1 else teacher
+    asked = guided(teacher, config.guidance)
     matching = Rollouts(
-        generator, guided, seed=seed, optimizer=optimizer, fake_optimizer=config.fake, levels=config.levels,
+        generator, asked, seed=seed, optimizer=optimizer, fake_optimizer=config.fake, levels=config.levels,
         fake_when=Unless(turn), normaliser=TeacherError(eps=0.0, least=1e-5), elements="sum",
         scale=2 * config.score_weight, ema=None,
     )  # fmt: skip
     matching.rollout_steps = config.rollout_steps
     return RegularisedConsistency(
-        generator, guided, matching=matching, consistency_weight=config.consistency_weight, seed=seed,
+        generator, asked, matching=matching, consistency_weight=config.consistency_weight, seed=seed,
         optimizer=optimizer, times=config.times, warmup=config.warmup, c=config.c, adaptive=False, prior=False,
         elements="sum", derivative=config.derivative, h=config.h, when=turn, ema=config.ema or None,
     )  # fmt: skip
@@ -135,9 +135,4 @@ def objective_of(
 
 @method("rcm", student=Role("denoiser", ready=False), teacher="denoiser", data=("images", "points"))
 def rcm(run: Run, config: RCM) -> Result:
-    teacher = run.model("teacher")
-    generator = generator_of(run, config.sigma_init, config.steps)
-    before = start_of(generator)
-    objective = objective_of(config, generator, teacher, run.train.optimizer_spec(), run.seed)
-    run.fit(objective, run.source.train)
-    return reported(run, objective, before, teacher)
+    return distilled(run, config, objective_of)

@@ -17,8 +17,8 @@ from pydantic import Field
 from potstill.contracts.players import OptimizerSpec
 from potstill.contracts.spec import MethodConfig, Part
 from potstill.methods import Role, method
-from potstill.methods.diffusion.few_steps import generator_of, reported, start_of
-from potstill.models.denoisers import Guided, OneStep
+from potstill.methods.diffusion.few_steps import distilled
+from potstill.models.denoisers import OneStep, guided
 from potstill.models.jvp import Derivative
 from potstill.noise.gaussian import LevelSampler, LogNormal
 from potstill.objectives.consistency import Consistency, DiscreteConsistency
@@ -43,19 +43,13 @@ class SCM(MethodConfig):
 
 
 def objective_of(config: SCM, generator: OneStep, teacher: Any, optimizer: OptimizerSpec, seed: int) -> Consistency:
-    guided = Guided(teacher, config.guidance) if config.guidance > 1 else teacher
     return (DiscreteConsistency if config.discrete else Consistency)(
-        generator, guided if config.distil else None, seed=seed, optimizer=optimizer, times=config.times,
-        warmup=config.warmup, c=config.c, root_mean=config.root_mean, adaptive=config.adaptive, prior=config.prior,
-        derivative=config.derivative, h=config.h, ema=config.ema or None,
+        generator, guided(teacher, config.guidance) if config.distil else None, seed=seed, optimizer=optimizer,
+        times=config.times, warmup=config.warmup, c=config.c, root_mean=config.root_mean, adaptive=config.adaptive,
+        prior=config.prior, derivative=config.derivative, h=config.h, ema=config.ema or None,
     )  # fmt: skip
 
 
 @method("scm", student=Role("denoiser", ready=False), teacher="denoiser", data=("images", "points"))
 def scm(run: Run, config: SCM) -> Result:
-    teacher = run.model("teacher")
-    generator = generator_of(run, config.sigma_init, config.steps)
-    before = start_of(generator)
-    objective = objective_of(config, generator, teacher, run.train.optimizer_spec(), run.seed)
-    run.fit(objective, run.source.train)
-    return reported(run, objective, before, teacher)
+    return distilled(run, config, objective_of)

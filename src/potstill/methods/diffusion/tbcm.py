@@ -25,8 +25,8 @@ from potstill.contracts.batch import Batch
 from potstill.contracts.players import OptimizerSpec
 from potstill.contracts.spec import MethodConfig, Part
 from potstill.methods import Role, method
-from potstill.methods.diffusion.few_steps import generator_of, reported, start_of
-from potstill.models.denoisers import Guided, OneStep, rows
+from potstill.methods.diffusion.few_steps import distilled
+from potstill.models.denoisers import OneStep, guided, rows
 from potstill.models.jvp import Derivative
 from potstill.noise.gaussian import LevelSampler, LogNormal
 from potstill.objectives.consistency import Consistency, PathPoints, moved
@@ -97,7 +97,7 @@ def objective_of(
     config: TBCM, generator: OneStep, teacher: Any, optimizer: OptimizerSpec, seed: int
 ) -> TrajectoryConsistency:
     return TrajectoryConsistency(
-        generator, Guided(teacher, config.guidance) if config.guidance > 1 else teacher, config=config, seed=seed,
+        generator, guided(teacher, config.guidance), config=config, seed=seed,
         optimizer=optimizer, times=config.times, warmup=config.warmup, c=config.c, derivative=config.derivative,
         h=config.h, ema=config.ema or None,
     )  # fmt: skip
@@ -105,9 +105,4 @@ def objective_of(
 
 @method("tbcm", student=Role("denoiser", ready=False), teacher="denoiser", data=("images", "points"))
 def tbcm(run: Run, config: TBCM) -> Result:
-    teacher = run.model("teacher")
-    generator = generator_of(run, config.sigma_init, config.steps)
-    before = start_of(generator)
-    objective = objective_of(config, generator, teacher, run.train.optimizer_spec(), run.seed)
-    run.fit(objective, run.source.train)
-    return reported(run, objective, before, teacher)
+    return distilled(run, config, objective_of)
