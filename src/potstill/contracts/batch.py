@@ -62,6 +62,15 @@ class TokenBatch(Batch):
         """The counted tokens, row by row. [N]."""
         return self.tokens_BT[self.counted_BT]
 
+    @property
+    def numbers_BT(self) -> Tensor:
+        """The number of each counted token among the N, row by row; meaningless elsewhere."""
+        return (self.counted_BT.flatten().cumsum(0) - 1).view(self.counted_BT.shape)
+
+    def placed(self, values_N: Tensor) -> Tensor:
+        """Values of the counted tokens where these stand, 0 elsewhere. [N] -> [B, T]"""
+        return values_N.new_zeros(self.counted_BT.shape).index_put((self.counted_BT,), values_N)
+
 
 @dataclass
 class PromptBatch(Batch):

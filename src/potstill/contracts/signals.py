@@ -1,5 +1,6 @@
 """What a teacher gives and an objective needs. N positions, V vocabulary or classes, D features, K support size."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -52,15 +53,15 @@ class TokenLogp(Signal):
 class SpanLogp(Signal):
     """What a teacher of another vocabulary says of S spans of the batch's text.
 
-    At the M spans that are `single` tokens on both sides it may give whole rows: log-probabilities of the K outcomes that
-    both vocabularies share, and last of all others as one.
+    At the M spans that are `single` tokens on both sides it may give whole rows: `rows(where)`, log-probabilities [m, K + 1]
+    at some of the M, of the K outcomes that both vocabularies share, and last of all others as one.
     """
 
     logp_S: Tensor
     ranges_S2: Tensor  # [start, end) among the tokens of the student's row
     row_S: Tensor
     single_S: Tensor | None = None
-    rows_MK: Tensor | None = None  # [M, K + 1]
+    rows: Callable[[Any], Tensor] | None = None
     student_K: Tensor | None = None  # the shared outcomes as the student numbers them
 
 

@@ -9,7 +9,7 @@ V outcomes.
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -66,13 +66,13 @@ class FDivergence:
 
     def entries(self, *, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
         """The contributions q f(p / q) of the single outcomes, [*P, V]. They may be negative; their sum is not."""
-        log_p, log_q = _pair(type(self).__name__, teacher_logp, student_logp)
-        no_p, no_q = log_p == -INF, log_q == -INF
-        border, log_ratio = _inside(log_p, log_q, no_p, no_q)
-        values = self._entry(log_p, log_q, log_ratio).masked_fill(border, 0.0)
+        return self._entries(_inside(type(self).__name__, teacher_logp, student_logp))
+
+    def _entries(self, at: "_Inside") -> Tensor:
+        values = self._entry(at.log_p, at.log_q, at.log_ratio).masked_fill(at.border, 0.0)
         zero, infinity = self._costs()
-        values = _charge(values, log_q, no_p & ~no_q, zero)
-        return _charge(values, log_p, no_q & ~no_p, infinity)
+        values = _charge(values, at.log_q, at.only_q, zero)
+        return _charge(values, at.log_p, at.only_p, infinity)
 
     def entries_and_pull(self, *, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
         """`entries`, and their gradient in the student's log-probabilities, -q f*(f'(r)), [*P, V] each, detached.
@@ -85,16 +85,11 @@ class FDivergence:
                 torch.func.vjp(lambda log_q: self.entries(teacher_logp=teacher_logp, student_logp=log_q), student_logp),
             )
             return values, back(torch.ones_like(values))[0]
-        log_p, log_q = _pair(type(self).__name__, teacher_logp, student_logp)
-        no_p, no_q = log_p == -INF, log_q == -INF
-        border, log_ratio = _inside(log_p, log_q, no_p, no_q)
-        values = self._entry(log_p, log_q, log_ratio).masked_fill(border, 0.0)
-        pull = self._pull(log_p, log_q, log_ratio).masked_fill(border, 0.0)
-        zero, infinity = self._costs()
+        at = _inside(type(self).__name__, teacher_logp, student_logp)
+        pull = self._pull(at.log_p, at.log_q, at.log_ratio).masked_fill(at.border, 0.0)
+        zero, _ = self._costs()
         unpaid = 0.0 if isinstance(zero, float) and math.isinf(zero) else zero  # an infinite cost has no slope
-        pull = _charge(pull, log_q, no_p & ~no_q, unpaid)
-        values = _charge(values, log_q, no_p & ~no_q, zero)
-        return _charge(values, log_p, no_q & ~no_p, infinity), pull
+        return self._entries(at), _charge(pull, at.log_q, at.only_q, unpaid)
 
     def _costs(self) -> tuple[float | Tensor, float | Tensor]:
         """The two costs at the border. Those that are read off stay tensors, which a compiler can trace."""
@@ -664,11 +659,24 @@ def _pair(name: str, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor
     return teacher_logp.to(dtype), student_logp.to(dtype)
 
 
-def _inside(log_p: Tensor, log_q: Tensor, no_p: Tensor, no_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Where p or q is 0, and log p - log q elsewhere: -inf must reach no arithmetic, 0 * inf is NaN, in the value or in
-    the gradient."""
+class _Inside(NamedTuple):
+    """A pair of rows, and where each of them is 0; log_ratio is 0 at the border."""
+
+    log_p: Tensor
+    log_q: Tensor
+    log_ratio: Tensor
+    border: Tensor
+    only_p: Tensor
+    only_q: Tensor
+
+
+def _inside(name: str, teacher_logp: Tensor, student_logp: Tensor) -> _Inside:
+    """-inf must reach no arithmetic: 0 * inf is NaN, in the value or in the gradient."""
+    log_p, log_q = _pair(name, teacher_logp, student_logp)
+    no_p, no_q = log_p == -INF, log_q == -INF
     border = no_p | no_q
-    return border, log_p.masked_fill(border, 0.0) - log_q.masked_fill(border, 0.0)
+    log_ratio = log_p.masked_fill(border, 0.0) - log_q.masked_fill(border, 0.0)
+    return _Inside(log_p, log_q, log_ratio, border, no_q & ~no_p, no_p & ~no_q)
 
 
 def _charge(values: Tensor, logp: Tensor, where: Tensor, cost: float | Tensor) -> Tensor:

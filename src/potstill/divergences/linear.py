@@ -199,8 +199,8 @@ class _Rows:
             teacher_entropy = entropy(log_p)
             if tokens_M is not None:
                 teacher_logp = log_p.gather(-1, tokens_M[:, None])[:, 0]
-        if gradient and ids_MK is None and isinstance(self.part, Exact) and isinstance(self.part.support, Full):
-            value, pulled = self.part.divergence.entries_and_pull(teacher_logp=log_p, student_logp=log_q)
+        if gradient and ids_MK is None and (whole := self._whole) is not None:
+            value, pulled = whole.entries_and_pull(teacher_logp=log_p, student_logp=log_q)
         elif gradient:
             value, pull = cast(Any, torch.func.vjp(compared, log_q))
             (pulled,) = pull(torch.ones_like(value))
@@ -220,6 +220,11 @@ class _Rows:
             student_MV.copy_(scaled if slope is None else scaled * slope)
         return weights_M, stats
 
+    @property
+    def _whole(self) -> FDivergence | None:
+        """The divergence, where it compares whole rows."""
+        return self.part.divergence if isinstance(self.part, Exact) and isinstance(self.part.support, Full) else None
+
     def _on_rows(
         self,
         log_p: Tensor,
@@ -230,8 +235,8 @@ class _Rows:
     ) -> Tensor:
         if also is not None:
             return also.entries(teacher_logp=log_p, student_logp=log_q)
-        if isinstance(self.part, Exact) and isinstance(self.part.support, Full):
-            return self.part.divergence.entries(teacher_logp=log_p, student_logp=log_q)
+        if (whole := self._whole) is not None:
+            return whole.entries(teacher_logp=log_p, student_logp=log_q)
         return self.part.per_position(log_p, log_q, cast(Tensor, tokens_M), sampled_M)
 
     def _on_known(self, known: Tensor, ids_MK: Tensor, log_q: Tensor, also: FDivergence | None) -> Tensor:

@@ -207,12 +207,16 @@ class TokenDistillation(Objective):
     def _check_spans(self, teacher: Any) -> None:
         """Refuse what looks at single tokens of a teacher that has others."""
         whole = isinstance(self.estimator, Exact) and self.estimator.support == Full()
-        tokens = set(self.weighting.needs) | {f"{need}_BR" for extra in self.extras for need in extra.needs}
-        if not (whole or self.estimator.needs is TokenLogp) or self.extras or tokens & {f"{x}_BR" for x in COMPARED}:
+        if not (whole or self.estimator.needs is TokenLogp) or self._waits or self.extras:
             raise SignalError(
                 f"{teacher.name} is compared by spans, not token by token: take a divergence over the full vocabulary or "
                 "SampledReverseKL without baseline, a weighting that does not compare the models, and no further terms."
             )
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the weighting reads what is known once two models were compared."""
+        return bool(set(self.weighting.needs) & {f"{name}_BR" for name in COMPARED})
 
     @property
     def couples(self) -> Literal["position", "group", "batch"]:  # type: ignore[override]
@@ -300,7 +304,7 @@ class TokenDistillation(Objective):
         compare = lambda weights_N: self._compare(
             self.teacher, states.hidden_ND, states.batch, states.tokens_N, weights_N
         )
-        if set(self.weighting.needs) & {f"{name}_BR" for name in COMPARED}:
+        if self._waits:
             with torch.no_grad():
                 _, states.seen = compare(None)
         states.weights_BR = self.weighting(self._positions(states, step))
@@ -381,17 +385,15 @@ class TokenDistillation(Objective):
         Exact divergences compare each span with everything else, and whole rows where a span is one token on both sides.
         """
         logp_N = token_logp(self.student, hidden_ND, tokens_N)
-        logp_BT = logp_N.new_zeros(batch.counted_BT.shape).index_put((batch.counted_BT,), logp_N)
-        own_S, theirs_S = span_logp(logp_BT, signal.ranges_S2, signal.row_S), signal.logp_S.to(logp_N)
-        order_BT = (batch.counted_BT.flatten().cumsum(0) - 1).view(batch.counted_BT.shape)
-        last_S = order_BT[signal.row_S, signal.ranges_S2[:, 1] - 1]
+        own_S, theirs_S = span_logp(batch.placed(logp_N), signal.ranges_S2, signal.row_S), signal.logp_S.to(logp_N)
+        last_S = batch.numbers_BT[signal.row_S, signal.ranges_S2[:, 1] - 1]
         if isinstance(self.estimator, Exact):
             part, single_S = self.estimator.divergence, torch.zeros_like(signal.row_S, dtype=torch.bool)
             values_S = logp_N.new_zeros(len(own_S))
-            if signal.single_S is not None and signal.rows_MK is not None and signal.student_K is not None:
-                single_S, rows_MK, ids_K = signal.single_S, signal.rows_MK.to(logp_N), signal.student_K
+            if signal.single_S is not None and signal.rows is not None and signal.student_K is not None:
+                single_S, rows, ids_K = signal.single_S, signal.rows, signal.student_K
                 compared = lambda some, where: part(
-                    teacher_logp=rows_MK[where], student_logp=shared_rows(log_probs(some), ids_K)
+                    teacher_logp=rows(where).to(logp_N), student_logp=shared_rows(log_probs(some), ids_K)
                 )
                 logits_MV = self.student.head(hidden_ND[last_S[single_S]])
                 values_S = values_S.index_put((single_S,), by_rows(compared, logits_MV))

@@ -48,38 +48,39 @@ class AlignedTeacher:
     def score(self, batch: Batch, need: type[Signal] = SpanLogp) -> SpanLogp:
         if need is not SpanLogp or not isinstance(batch, TokenBatch):
             raise SignalError(f"{self.name} gives spans of a token batch alone, not {need.__name__}.")
-        texts, seen, offsets = self._seen(batch)
+        texts, spelt_BT, seen, offsets = self._seen(batch)
         spans = self.aligner(
             texts,
             teacher={"input_ids": seen.tokens_BT, "attention_mask": seen.counted_BT, **offsets},
-            student={"input_ids": batch.tokens_BT, "attention_mask": self._spelt(batch)},
+            student={"input_ids": batch.tokens_BT, "attention_mask": spelt_BT},
         ).to(batch.tokens_BT.device)
         logp_N, rows_NV = self._scored(seen)
-        logp_BT = logp_N.new_zeros(seen.tokens_BT.shape).index_put((seen.counted_BT,), logp_N)
-        logp_S = span_logp(logp_BT, spans.teacher_N2, spans.row_N)
-        if rows_NV is None or self.shared is None:
+        logp_S = span_logp(seen.placed(logp_N), spans.teacher_N2, spans.row_N)
+        shared = self.shared
+        if rows_NV is None or shared is None:
             return SpanLogp(logp_S, spans.student_N2, spans.row_N)
         single_S = spans.single_N
-        order_BT = (seen.counted_BT.flatten().cumsum(0) - 1).view(seen.counted_BT.shape)
-        chosen_M = order_BT[spans.row_N[single_S], spans.teacher_N2[single_S, 0]]
-        rows_MK = self.shared.of_teacher(rows_NV(chosen_M))
-        return SpanLogp(logp_S, spans.student_N2, spans.row_N, single_S, rows_MK, self.shared.student_K)
+        chosen_M = seen.numbers_BT[spans.row_N[single_S], spans.teacher_N2[single_S, 0]]
+        rows = lambda where: shared.of_teacher(rows_NV(chosen_M[where])).detach()
+        return SpanLogp(logp_S, spans.student_N2, spans.row_N, single_S, rows, shared.student_K)
 
-    def _seen(self, batch: TokenBatch) -> tuple[list[str], TokenBatch, dict[str, Any]]:
-        """The completions as texts, the batch as the teacher reads it, and where its tokens lie in the texts, if known."""
+    def _seen(self, batch: TokenBatch) -> tuple[list[str], Tensor, TokenBatch, dict[str, Any]]:
+        """The completions as texts, the tokens that spell them, the batch as the teacher reads it, and where its tokens lie
+        in the texts, if known."""
         if "rows" not in batch.extra:
             raise DataError(
                 f"{self.name} writes its own prompts from rows, and this batch has none. Use prompts: gkd, with "
                 "on_policy 0 for the data's own completions."
             )
-        ends = {self.own.eos_token_id} - {None}
+        ends, fast = {self.own.eos_token_id} - {None}, self.theirs.is_fast
         prompts, completions, texts = [], [], []
         places: list[Any] = []
+        spelt_BT = batch.counted_BT.clone()
         for b, (row, said) in enumerate(zip(batch.extra["rows"], completions_of(batch), strict=True)):
             before = batch.attention_BT[b] & (batch.counted_BT[b].cumsum(0) == 0)
             shown = self.own.decode(batch.tokens_BT[b][before], skip_special_tokens=True)
-            text, _ = spelled([self._piece(i) for i in said])
-            fast = self.theirs.is_fast
+            text, count = spelled([self._piece(i) for i in said])
+            spelt_BT[b, batch.counted_BT[b].nonzero()[count:, 0]] = False  # behind the last whole character
             encoded = self.theirs(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
             tokens = list(encoded["input_ids"])
             if said and said[-1] in ends and self.theirs.eos_token_id is not None:
@@ -97,18 +98,10 @@ class AlignedTeacher:
         rows = prompt_batch(prompts, self.theirs, batch.ids_B)
         seen = joined(rows, completions, pad_id(self.theirs), extra=dict(batch.extra))
         if None in places:
-            return texts, seen, {}
+            return texts, spelt_BT, seen, {}
         front, total = rows.tokens_BT.shape[1], seen.tokens_BT.shape[1]
         offsets = [[(0, 0)] * front + [*place, *[(0, 0)] * (total - front - len(place))] for place in places]
-        return texts, seen, {"offset_mapping": offsets}
-
-    def _spelt(self, batch: TokenBatch) -> Tensor:
-        """The counted tokens up to the last whole character."""
-        mask_BT = batch.counted_BT.clone()
-        for b, said in enumerate(completions_of(batch)):
-            where = batch.counted_BT[b].nonzero()[:, 0]
-            mask_BT[b, where[spelled([self._piece(i) for i in said])[1] :]] = False
-        return mask_BT
+        return texts, spelt_BT, seen, {"offset_mapping": offsets}
 
     def _piece(self, token: int) -> bytes | None:
         return self.pieces[token] if token < len(self.pieces) else None
