@@ -20,7 +20,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,12 @@ def peak_above(function: Callable[[], None]) -> int:
     return max(0, status("VmHWM") - before)
 
 
+def named(only: str, cases: Iterable[str]) -> list[str]:
+    """The case of this name, else those whose name holds it."""
+    cases = list(cases)
+    return [only] if only in cases else [name for name in cases if only in name]
+
+
 def machine(threads: int) -> dict[str, Any]:
     models = [
         x.partition(":")[2].strip()
@@ -266,7 +272,7 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `potstill` does: large pages, for everybody
     kept = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() and options.only else []
     results = {r["case"]: r for r in kept}
-    chosen = [options.only] if options.only in cases() else [name for name in cases() if options.only in name]
+    chosen = named(options.only, cases())
     for i, name in enumerate(chosen):
         command = [
             sys.executable,

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from divergences import machine
+from divergences import machine, named
 
 RESULTS = Path(__file__).parent / "results" / "on_policy.json"
 CASES = [
@@ -231,7 +231,7 @@ def main() -> None:
         return
     kept = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() and options.only else []
     results = {r["case"]: r for r in kept}
-    for name in (case for case in CASES if (options.only == case if options.only in CASES else options.only in case)):
+    for name in named(options.only, CASES):
         command = [sys.executable, __file__, "--one", name, "--threads", str(options.threads)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -9,11 +9,11 @@ from torch.testing import assert_close
 from potstill import cli
 from potstill import recipe as recipes
 from potstill.contracts.errors import DataError, RecipeError, RunError
+from potstill.contracts.files import read_json
 from potstill.models.images import ImageClassifier
 from potstill.run import Run, open_folder, trained
 from potstill.tasks.sources import load, validate
 from potstill.training import trainer as training
-from potstill.training.files import read_json
 
 pytestmark = pytest.mark.needs("sklearn")
 SPEC = {

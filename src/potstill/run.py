@@ -22,6 +22,7 @@ from potstill.assets import cache_dir, lock
 from potstill.contracts import keyed
 from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import DataError, RecipeError, RunError
+from potstill.contracts.files import load_tensors, read_json, save_tensors, whole_folder, write_json, write_text
 from potstill.contracts.players import Objective
 from potstill.contracts.spec import MethodConfig, Spec
 from potstill.divergences import Full
@@ -39,7 +40,6 @@ from potstill.teachers.aligned import AlignedTeacher, check_tokenizers
 from potstill.teachers.cached import CachedTeacher, cached_tokenizer
 from potstill.teachers.served import ServedTeacher
 from potstill.training.checkpoint import checkpoints
-from potstill.training.files import load_tensors, read_json, save_tensors, whole_folder, write_json, write_text
 from potstill.training.launch import accelerator
 from potstill.training.scratch import objective_from_scratch
 from potstill.training.spec import TrainSpec

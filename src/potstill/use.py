@@ -8,9 +8,9 @@ import torch
 from potstill import recipe as recipes
 from potstill.contracts.batch import PromptBatch
 from potstill.contracts.errors import DataError, RunError
+from potstill.contracts.files import read_json
 from potstill.models.build import adapter
 from potstill.run import Run
-from potstill.training.files import read_json
 
 
 def finished(folder: Path, overrides: list[str]) -> tuple[Run, Any]:

@@ -16,9 +16,9 @@ from scipy import stats
 from potstill import recipe as recipes
 from potstill.catalogue import HERE, find
 from potstill.contracts.errors import RecipeError, RunError
+from potstill.contracts.files import read_json, write_json
 from potstill.contracts.spec import Spec
 from potstill.run import Run, open_folder
-from potstill.training.files import read_json, write_json
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive"]
 

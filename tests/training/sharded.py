@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from potstill.contracts.batch import Batch, PromptBatch, TokenBatch
 from potstill.contracts.errors import RecipeError
+from potstill.contracts.files import save_tensors, write_json
 from potstill.contracts.players import Objective, OptimizerSpec, Player
 from potstill.contracts.terms import Loss, Term
 from potstill.divergences import ForwardKL, JensenShannon
@@ -20,7 +21,6 @@ from potstill.models.causal import CausalLM
 from potstill.models.spec import LoraSpec
 from potstill.objectives.tokens import RolloutSpec, TokenDistillation
 from potstill.teachers import EMATeacher, LocalTeacher
-from potstill.training.files import save_tensors, write_json
 from potstill.training.spec import TrainSpec
 from potstill.training.trainer import Trainer
 

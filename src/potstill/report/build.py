@@ -14,10 +14,10 @@ from markupsafe import Markup
 
 from potstill.catalogue import HERE, System, systems
 from potstill.contracts.errors import RunError
+from potstill.contracts.files import read_json, write_text
 from potstill.report import numbers
 from potstill.report.charts import SMOOTH_FROM, Series, line_chart, wide_range
 from potstill.report.records import record_view
-from potstill.training.files import read_json, write_text
 from potstill.training.tracking import read_journal
 
 SOURCES = ("task", "text", "jsonl", "imagefolder", "hf")  # the key of `data` that names its source

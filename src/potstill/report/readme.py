@@ -5,7 +5,7 @@ from pathlib import Path
 
 from potstill.catalogue import System, systems
 from potstill.contracts.errors import RunError
-from potstill.training.files import write_text
+from potstill.contracts.files import write_text
 
 BEGIN, END = "<!-- systems: begin, written by python -m potstill.report.readme README.md -->", "<!-- systems: end -->"
 

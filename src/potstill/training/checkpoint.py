@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from potstill.contracts.errors import RunError
-from potstill.training.files import load_tensors, read_json, save_tensors, whole_folder, write_json
+from potstill.contracts.files import load_tensors, read_json, save_tensors, whole_folder, write_json
 from potstill.training.sharding import gathered, rows_of
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from potstill.contracts.batch import Batch
 from potstill.contracts.errors import DataError
+from potstill.contracts.files import load_tensors, read_json
 from potstill.contracts.players import Objective
 from potstill.models.causal import evaluating
-from potstill.training.files import load_tensors, read_json
 
 
 @dataclass(frozen=True)

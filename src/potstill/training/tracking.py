@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from potstill.training.files import disk_errors
+from potstill.contracts.files import disk_errors
 
 
 class Journal:

@@ -20,6 +20,7 @@ from transformers import (
 from potstill import recipe as recipes
 from potstill.contracts.batch import ImageBatch
 from potstill.contracts.errors import DataError, ModelError, RecipeError
+from potstill.contracts.files import read_json
 from potstill.contracts.players import OptimizerSpec
 from potstill.methods.classification.comparison import ScaleTeacher
 from potstill.methods.classification.logit_std import LogitStd
@@ -27,7 +28,6 @@ from potstill.models.images import ImageClassifier, _build
 from potstill.objectives.logits import DIST, DKD, KD, LogitDistillation, Standardize
 from potstill.run import Run, open_folder
 from potstill.teachers import LocalTeacher
-from potstill.training.files import read_json
 from potstill.training.trainer import Trainer
 
 METHODS = ["kd", "dkd", "dist", "logit_std"]

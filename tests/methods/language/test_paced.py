@@ -11,6 +11,7 @@ from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 from potstill import recipe as recipes
 from potstill.contracts.batch import PromptBatch, TokenBatch
 from potstill.contracts.errors import DataError, RecipeError
+from potstill.contracts.files import read_json
 from potstill.contracts.players import OptimizerSpec
 from potstill.divergences import Adaptive, ForwardKL, JensenShannon, ReverseKL
 from potstill.methods.language.paced import PACED, Frozen, signal_over_noise, weights_of
@@ -19,7 +20,6 @@ from potstill.models.tokenizers import character_tokenizer
 from potstill.objectives.tokens import RolloutSpec, TokenDistillation
 from potstill.run import Run, open_folder
 from potstill.teachers import LocalTeacher
-from potstill.training.files import read_json
 from potstill.weighting import BetaKernel, CorrectOnly, HardBand, RewardItself, RewardSoftmax, Uniform, Weighting
 
 TOKENIZER = character_tokenizer(["abcdefg "])

@@ -12,6 +12,7 @@ from transformers import GemmaConfig, LlamaConfig, Qwen3Config
 from potstill import recipe as recipes
 from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import DataError, RecipeError, SignalError
+from potstill.contracts.files import read_json
 from potstill.contracts.players import OptimizerSpec
 from potstill.contracts.signals import HiddenAndHead
 from potstill.methods.language.sod import SOD, SteppedGradient
@@ -20,7 +21,6 @@ from potstill.objectives.policy import Clip, PolicyGradient
 from potstill.rollouts.groups import group_advantages
 from potstill.run import Run, open_folder
 from potstill.teachers import LocalTeacher
-from potstill.training.files import read_json
 from potstill.weighting import Uniform
 from potstill.weighting.steps import AdvantageGate, ErrorDecay, StepPositions, StepRatio, runs_of, step_means
 

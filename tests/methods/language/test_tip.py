@@ -9,6 +9,7 @@ from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 from potstill import recipe as recipes
 from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import ModelError, RecipeError
+from potstill.contracts.files import read_json
 from potstill.contracts.players import OptimizerSpec
 from potstill.divergences import ReverseKL
 from potstill.methods.language.tip import TIP, TokenImportance
@@ -17,7 +18,6 @@ from potstill.models.tokenizers import character_tokenizer
 from potstill.objectives.tokens import TokenDistillation
 from potstill.run import Run, open_folder
 from potstill.teachers import LocalTeacher
-from potstill.training.files import read_json
 from potstill.weighting import (
     DivergenceTop,
     EntropyTop,

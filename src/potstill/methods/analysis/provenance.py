@@ -28,6 +28,7 @@ from torch import Tensor
 from potstill.contracts import keyed
 from potstill.contracts.batch import TokenBatch
 from potstill.contracts.errors import DataError
+from potstill.contracts.files import write_text
 from potstill.contracts.spec import MethodConfig
 from potstill.divergences import log_probs
 from potstill.evaluation.text import watched
@@ -37,7 +38,6 @@ from potstill.objectives.tokens import TokenDistillation
 from potstill.rollouts.local import completions_of, sample
 from potstill.run import Result, Run
 from potstill.tasks.tokens import Completions, Prompts, padded, prompt_tokens
-from potstill.training.files import write_text
 
 Selector = Literal["teacher_count", "random", "grape", "longest", "teacher_ratio", "fewest_teacher"]
 CLASSES = ("shared", "teacher", "student", "boosted")

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from potstill.contracts import keyed
 from potstill.contracts.batch import Batch, ImageBatch
 from potstill.contracts.errors import RecipeError
+from potstill.contracts.files import save_tensors, whole_folder, write_json
 from potstill.contracts.players import Objective, OptimizerSpec, Player
 from potstill.contracts.signals import FullLogits, Signal
 from potstill.contracts.spec import MethodConfig
@@ -44,7 +45,6 @@ from potstill.models.taps import batch_statistics, tap_batchnorm
 from potstill.objectives.logits import KD, LogitDistillation
 from potstill.run import Result, Run
 from potstill.tasks.base import sample_ids
-from potstill.training.files import save_tensors, whole_folder, write_json
 from potstill.training.trainer import data_order
 
 
