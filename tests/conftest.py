@@ -76,3 +76,15 @@ def tiny_lm(tmp_path_factory):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def cache(teachers, monkeypatch):
+    """Teachers are trained once a module, outside the user's cache."""
+    monkeypatch.setenv("POTSTILL_CACHE", str(teachers))
+    return teachers

@@ -15,7 +15,7 @@ from potstill.run import Run, open_folder, trained
 from potstill.tasks.sources import load, validate
 from potstill.training import trainer as training
 
-pytestmark = pytest.mark.needs("sklearn")
+pytestmark = [pytest.mark.needs("sklearn"), pytest.mark.usefixtures("cache")]
 SPEC = {
     "method": "kd",
     "data": {"task": "digits", "size": 120, "test_size": 40},
@@ -23,17 +23,6 @@ SPEC = {
     "teacher": {"name": "mlp", "options": {"width": 16, "depth": 1}},
     "train": {"steps": 6, "batch": 16, "trackers": [], "device": "cpu"},
 }
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def cache(teachers, monkeypatch):
-    monkeypatch.setenv("POTSTILL_CACHE", str(teachers))
-    return teachers
 
 
 def run_in(folder, **changes) -> Run:

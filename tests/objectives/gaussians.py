@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from potstill.contracts import keyed
 from potstill.contracts.batch import PointBatch
 from potstill.contracts.players import OptimizerSpec
 from potstill.models.denoisers import MixtureDenoiser, OneStep, affine
@@ -29,6 +30,20 @@ def affine_generator(mean: float = MU, std: float = S) -> OneStep:
         generator.denoiser.network.shift.fill_(mean)
         generator.denoiser.network.scale.fill_(std)
     return generator
+
+
+def points(size: int, first: int = 0) -> PointBatch:
+    """Samples of N(0, I) in two dimensions, keyed by their numbers."""
+    ids = torch.arange(first, first + size)
+    return PointBatch(ids, keyed.normal_like(7, ids, torch.empty(size, 2)))
+
+
+def jittered(model: nn.Module) -> nn.Module:
+    """Away from the zeros that last layers start with."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
 
 
 class Quadrature:

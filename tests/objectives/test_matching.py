@@ -4,7 +4,19 @@ import copy
 
 import pytest
 import torch
-from tests.objectives.gaussians import MU, SGD, SIGMA, Quadrature, S, affine_generator, gaussian, gradient, quadrature
+from tests.objectives.gaussians import (
+    MU,
+    SGD,
+    SIGMA,
+    Quadrature,
+    S,
+    affine_generator,
+    gaussian,
+    gradient,
+    jittered,
+    points,
+    quadrature,
+)
 from torch import nn
 from torch.testing import assert_close
 
@@ -202,19 +214,6 @@ def networks(teacher: nn.Module | None = None):
     torch.manual_seed(0)
     teacher = teacher or jittered(mlp_denoiser(width=16, depth=2))
     return OneStep(copy.deepcopy(getattr(teacher, "denoiser", teacher)), 2.0), teacher
-
-
-def jittered(model: nn.Module) -> nn.Module:
-    """Away from the zeros that last layers start with."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model
-
-
-def points(size: int, first: int = 0) -> PointBatch:
-    ids = torch.arange(first, first + size)
-    return PointBatch(ids, keyed.normal_like(7, ids, torch.empty(size, 2)))
 
 
 def full(trunk: str = "teacher", teacher: nn.Module | None = None, cls=DistributionMatching, **options):

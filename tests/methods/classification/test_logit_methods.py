@@ -78,17 +78,6 @@ def run_of(name, tmp_path, overrides=(), raw=None, folder="run"):
     return Run(plan, tmp_path / folder)
 
 
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def cache(teachers, monkeypatch):
-    """Teachers are trained once a module, outside the user's cache."""
-    monkeypatch.setenv("POTSTILL_CACHE", str(teachers))
-
-
 # ---------------------------------------------------------------- the paper's laws, with its own constants
 
 

@@ -23,14 +23,7 @@ QUICK = {
 }
 
 
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def cache(teachers, monkeypatch):
-    monkeypatch.setenv("POTSTILL_CACHE", str(teachers))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def run_of(tmp_path, **changes):

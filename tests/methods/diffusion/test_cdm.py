@@ -5,10 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tests.methods.diffusion.small import jittered, points
 from torch.testing import assert_close
 
 from potstill.contracts import keyed
-from potstill.contracts.batch import ImageBatch, PointBatch
+from potstill.contracts.batch import ImageBatch
 from potstill.contracts.errors import RecipeError
 from potstill.contracts.players import OptimizerSpec
 from potstill.methods.diffusion.cdm import CDM, TrajectoryMatching, objective_of
@@ -20,19 +21,6 @@ from potstill.training.spec import TrainSpec
 from potstill.training.trainer import Trainer
 
 SGD = OptimizerSpec(optimizer="sgd", momentum=0.0, lr=0.1)
-
-
-def jittered(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    return model
-
-
-def points(size: int = 6) -> PointBatch:
-    ids = torch.arange(size)
-    return PointBatch(ids, 0.5 * keyed.normal_like(7, ids, torch.empty(size, 2)))
 
 
 def learned(teacher=None, **changes) -> TrajectoryMatching:

@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from tests.objectives.gaussians import SGD, SIGMA, Quadrature, affine_generator, gaussian, gradient, quadrature
+from tests.objectives.gaussians import SGD, SIGMA, Quadrature, affine_generator, gaussian, gradient, points, quadrature
 from torch.testing import assert_close
 
 from potstill.contracts import keyed
-from potstill.contracts.batch import PointBatch
 from potstill.methods.diffusion.dmd import DMD, PairedMatching, Pairs, draw_pairs, objective_of
 from potstill.models.denoisers import MixtureDenoiser, OneStep, mlp_denoiser
 from potstill.noise.gaussian import karras_grid
@@ -42,11 +41,6 @@ def paired(weight: float = 0.25, teacher=None) -> PairedMatching:
     z, y = (keyed.normal_like(k, ids, torch.empty(7, 2)) for k in (1, 2))
     config = DMD(sigma_init=2.0, regression=weight)
     return objective_of(config, OneStep(copy.deepcopy(teacher), 2.0), teacher, SGD, 0, pairs=Pairs(z, y))
-
-
-def points(size: int, first: int = 0) -> PointBatch:
-    ids = torch.arange(first, first + size)
-    return PointBatch(ids, keyed.normal_like(7, ids, torch.empty(size, 2)))
 
 
 def test_the_regression_is_the_mean_square_over_pairs_drawn_by_id():

@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-from tests.objectives.gaussians import SGD, gradient, quadrature
+from tests.objectives.gaussians import SGD, gradient, jittered, points, quadrature
 from torch.testing import assert_close
 
 from potstill import recipe as recipes
 from potstill.contracts import keyed
-from potstill.contracts.batch import PointBatch
 from potstill.contracts.errors import RecipeError
 from potstill.divergences import ForwardKL, ReverseKL
 from potstill.methods.diffusion.dmd2 import DMD2, BackwardSimulation, objective_of
@@ -32,13 +31,6 @@ def test_f_distill_of_the_reverse_kl_points_where_dmd2_does():
     assert not torch.allclose(forward, dmd2, rtol=1e-2)
 
 
-def jittered(model):
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model
-
-
 def learned(**changes) -> BackwardSimulation:
     torch.manual_seed(0)
     teacher = jittered(mlp_denoiser(width=16, depth=2))
@@ -46,11 +38,6 @@ def learned(**changes) -> BackwardSimulation:
     given = {"levels": levels, "fake_levels": levels, "gan_levels": levels, "sigma_init": 2.0, "fake": SGD}
     config = DMD2.model_validate(given | changes)
     return objective_of(config, OneStep(copy.deepcopy(teacher), 2.0), teacher, SGD, 0)
-
-
-def points(size: int) -> PointBatch:
-    ids = torch.arange(size)
-    return PointBatch(ids, keyed.normal_like(7, ids, torch.empty(size, 2)))
 
 
 def test_five_steps_of_the_fake_score_to_one_of_the_generator():

@@ -5,11 +5,13 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.objectives.gaussians import jittered, points
 from torch.testing import assert_close
 
 from potstill import recipe as recipes
@@ -31,7 +33,6 @@ from potstill.divergences import (
     TimeBins,
 )
 from potstill.methods.diffusion.f_distill import FDistill, FDistillation, objective_of, time_bins
-from potstill.models.build import build
 from potstill.models.denoisers import Denoiser, MixtureDenoiser, OneStep, affine, dit_tiny, mlp_denoiser, unet_tiny
 from potstill.noise.gaussian import EDMPreconditioning, KarrasIndex, LogUniform
 from potstill.noise.mixture import GaussianMixture
@@ -163,13 +164,6 @@ def test_constants_of_h_cancel():
 # ---------------------------------------------------------------- networks
 
 
-def jittered(model):
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model
-
-
 def learned(config: FDistill | None = None, teacher=None, condition=None) -> FDistillation:
     torch.manual_seed(0)
     teacher = teacher or jittered(mlp_denoiser(width=16, depth=2))
@@ -179,11 +173,6 @@ def learned(config: FDistill | None = None, teacher=None, condition=None) -> FDi
 def small(**changes) -> FDistill:
     given = {"levels": LogUniform(0.1, 3.0), "sigma_init": 2.0, "fake": SGD, "discriminator": SGD, "ema": 0.9}
     return FDistill.model_validate(given | {"generator_every": 2} | changes)
-
-
-def points(size: int) -> PointBatch:
-    ids = torch.arange(size)
-    return PointBatch(ids, keyed.normal_like(7, ids, torch.empty(size, 2)))
 
 
 def test_the_reverse_kl_is_dmd2_to_the_last_bit():
@@ -240,7 +229,8 @@ def test_two_processes_fill_the_same_time_bins(tmp_path):
     """torchrun with half of the batch each, against one process with all of it: weights, averages and bins."""
     script = tmp_path / "two.py"
     script.write_text(
-        "import importlib.util, torch\n"
+        "import importlib.util, sys, torch\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[3])!r})\n"
         "from safetensors.torch import save_file\n"
         f"spec = importlib.util.spec_from_file_location('t', {__file__!r})\n"
         "t = importlib.util.module_from_spec(spec); spec.loader.exec_module(t)\n"
@@ -338,15 +328,6 @@ def run(folder, overrides=(), **sections):
 def saved(model, folder):
     model.save(folder)
     return str(folder)
-
-
-@pytest.fixture
-def untrained_judge(monkeypatch):
-    """A judge with fresh weights: its verdicts do not matter here."""
-    monkeypatch.setattr(
-        "potstill.methods.diffusion.comparison.trained",
-        lambda kind, spec, source, context, *rest: build(kind, spec, context=context, seed=0),
-    )
 
 
 @pytest.mark.needs("diffusers", "sklearn", "PIL")

@@ -10,7 +10,6 @@ from potstill import recipe as recipes
 from potstill.contracts.errors import RecipeError
 from potstill.contracts.players import OptimizerSpec
 from potstill.methods.diffusion.fake_score import bottleneck
-from potstill.models.build import build
 from potstill.models.denoisers import MixtureDenoiser, OneStep, affine, dit_tiny, mlp_denoiser, unet_tiny
 from potstill.noise.gaussian import LogUniform
 from potstill.noise.mixture import GaussianMixture
@@ -66,15 +65,6 @@ def run(folder, name, teacher, data, **sections):
     plan = recipes.resolve(raw)
     open_folder(folder, recipes.write(plan))
     return Run(plan, folder).execute()
-
-
-@pytest.fixture
-def untrained_judge(monkeypatch):
-    """A judge with fresh weights: its verdicts do not matter here."""
-    monkeypatch.setattr(
-        "potstill.methods.diffusion.comparison.trained",
-        lambda kind, spec, source, context, *rest: build(kind, spec, context=context, seed=0),
-    )
 
 
 @pytest.mark.needs("diffusers", "sklearn", "PIL")

@@ -4,13 +4,11 @@ import copy
 
 import pytest
 import torch
-from tests.objectives.gaussians import SGD, SIGMA, Quadrature, gaussian, gradient, numbers, quadrature
+from tests.objectives.gaussians import SGD, SIGMA, Quadrature, gaussian, gradient, numbers, points, quadrature
 from torch.nn.functional import softplus
 from torch.testing import assert_close
 
 from potstill import recipe as recipes
-from potstill.contracts import keyed
-from potstill.contracts.batch import PointBatch
 from potstill.contracts.errors import RecipeError
 from potstill.divergences import (
     ForwardKL,
@@ -158,11 +156,6 @@ def learned(**changes) -> ExpandedMatching:
         for p in objective.fake.parameters():  # no longer the teacher's equal
             p.add_(0.1 * torch.randn_like(p))
     return objective
-
-
-def points(size: int) -> PointBatch:
-    ids = torch.arange(size)
-    return PointBatch(ids, keyed.normal_like(7, ids, torch.empty(size, 2)))
 
 
 def test_the_fake_score_warms_up_alone_and_moves_first():

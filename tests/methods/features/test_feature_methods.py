@@ -25,14 +25,7 @@ B, D, V = 6, 4, 3
 LABELS = torch.arange(B) % V
 
 
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def cache(teachers, monkeypatch):
-    monkeypatch.setenv("POTSTILL_CACHE", str(teachers))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def run_of(name, tmp_path, **changes):
